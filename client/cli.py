@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fedneuro-node``: one hospital."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..privacy.exits import run_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedneuro-node",
+    help="Run a hospital's node: it computes only with the code that the hospital installed, and refuses "
+    "studies that the hospital did not approve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")]
+
+
+@app.command()
+def run(config: Config) -> None:
+    """Serve studies beside a SuperNode until stopped: the hospital-owned runner."""
+    from .node_settings import load_node_settings
+    from .runner import serve
+
+    serve(load_node_settings(config))
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="BIDS folder of the data set.")],
+    study: Annotated[Path, typer.Option("--study", help="Canonical study, as `fedneuro-sim check` hashes it (JSON).")],
+) -> None:
+    """Check a data set against a study; nothing leaves. Exit code 2 if it may not join."""
+    from ..privacy.errors import BadInput
+    from ..privacy.study import Study
+    from .data import open_site
+
+    try:
+        canonical = study.read_bytes()
+        loaded = Study.model_validate_json(canonical)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{study}: cannot be read as a canonical study (JSON): {str(error).splitlines()[0]}") from error
+    site = open_site(data, loaded)
+    for warning in site.warnings:
+        print(f"warning: {warning}")
+    for patient, why in site.excluded.items():
+        print(f"excluded: {patient}: {why}")
+    print(f"{len(site.patients)} patients fit the study: {len(site.training())} to train, {len(site.validation())} to validate")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run_command(app)

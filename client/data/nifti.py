@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one NIfTI file whole: bytes, check sums, header and voxels, turned to RAS+.
+
+The file is unpacked in one go, so gzip's own check sum is tested (nibabel alone stops reading before it) and
+a truncated file is told apart from a wrong header. Foreign errors become one :class:`DataError` line.
+
+Reference: NIfTI-1, https://nifti.nimh.nih.gov; nibabel's ``as_closest_canonical``.
+"""
+
+import gzip
+import hashlib
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from ...privacy.errors import DataError
+
+__all__ = ["Volume", "digest_of", "read_volume"]
+
+_NIB: Any = nibabel  # its own annotations are partial
+MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
+_GZIP_MAGIC = b"\x1f\x8b"
+_NIFTI2_HEADER_BYTES = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
+_FAULTS = (OSError, EOFError, ValueError, MemoryError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One image in RAS+ order: the axes run to the patient's right, front and top, as near as the affine allows."""
+
+    name: str
+    data: NDArray[np.float32]  # (X, Y, Z)
+    affine: NDArray[np.float64]  # (4, 4), voxel to world
+    spacing: tuple[float, float, float] | None  # mm; None: the header gives no unit
+    oriented: bool  # the header says how the image lies (sform or qform)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a 3D image (or 2D: a volume of one slice) and turn it to RAS+, scale factors applied.
+
+    Raises:
+        DataError: the file is corrupt or truncated, or holds no plain 3D image.
+    """
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw.startswith(_GZIP_MAGIC) else raw
+        kind = _NIB.Nifti2Image if raw[:4] in _NIFTI2_HEADER_BYTES else _NIB.Nifti1Image
+        image = kind.from_bytes(raw)
+        unit = image.header.get_xyzt_units()[0]
+        shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
+        _check_layout(path, shape, dtype)
+        need = int(image.dataobj.offset) + dtype.itemsize * int(np.prod(shape, dtype=object))
+        if need > len(raw):
+            raise EOFError(f"header promises {need} bytes, file holds {len(raw)}")
+        # Trailing axes of length 1 carry nothing; a 2D image becomes one slice.
+        data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")).reshape((*shape, 1)[:3])
+        oriented = bool(image.header["sform_code"] or image.header["qform_code"])
+        image = _NIB.as_closest_canonical(_NIB.Nifti1Image(data, image.affine))
+        data = np.ascontiguousarray(image.dataobj)
+    except _FAULTS as error:
+        raise _unreadable(path, error) from error
+    return Volume(path.name, data, np.asarray(image.affine), _spacing(image.affine, unit), oriented)
+
+
+def _check_layout(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    extra = [n for n in shape[3:] if n != 1]
+    if extra or len(shape) < 2 or 0 in shape:
+        raise DataError(
+            f"{path.name}: {len(shape)}D image of shape {_by(shape)}; expected one 3D volume (or a 2D slice); "
+            "split it into one file per volume"
+        )
+    if dtype.kind not in "iufb":
+        raise DataError(
+            f"{path.name}: voxels of type {dtype}; expected one real number per voxel; convert the image to grey values"
+        )
+
+
+def _spacing(affine: NDArray[np.float64], unit: str) -> tuple[float, float, float] | None:
+    sizes = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)) * MM_PER_UNIT.get(unit, np.nan)
+    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
+        return None
+    x, y, z = (float(s) for s in sizes)
+    return x, y, z
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{path.name}: cannot be read ({detail[:160]}); expected a NIfTI file; copy or export it again")

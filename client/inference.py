@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a preprocessed scan to a label map or class probabilities, slice by slice or window by window."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from .session import Session
+
+__all__ = ["class_probabilities", "label_map"]
+
+SLICE_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""Axes of a volume in RAS+ orientation."""
+
+SLICES_AT_ONCE = 16
+WINDOWS_AT_ONCE = 2
+
+
+def label_map(session: Session, image: torch.Tensor) -> torch.Tensor:
+    """Predicted labels of a scan.
+
+    Args:
+        session: the study at this site; its network is in evaluation mode.
+        image: preprocessed scan, ``(C, X, Y, Z)``.
+
+    Returns:
+        int64 ``(X, Y, Z)`` with values 0 (background) to the number of labels.
+    """
+    if session.study.model.dims == 3:
+        return _windows(session, image).argmax(0)
+    axis = SLICE_AXES[session.study.data.slice_axis]
+    slices = image.movedim(axis + 1, 0)  # (S, C, H, W)
+    labels = [
+        _padded(session, slices[start : start + SLICES_AT_ONCE]).argmax(1)
+        for start in range(0, len(slices), SLICES_AT_ONCE)
+    ]
+    return torch.cat(labels).movedim(0, axis)
+
+
+def class_probabilities(session: Session, image: torch.Tensor) -> NDArray[np.float64]:
+    """Class probabilities of a scan, ``(classes,)``: the mean over its slices, or of the whole volume."""
+    if session.study.model.dims == 3:
+        batch = image[None]
+    else:
+        batch = image.movedim(SLICE_AXES[session.study.data.slice_axis] + 1, 0)
+    batch = _fit(batch, session.study.data.patch)
+    parts = [
+        session.network(batch[start : start + SLICES_AT_ONCE].to(session.device)).softmax(1).cpu()
+        for start in range(0, len(batch), SLICES_AT_ONCE)
+    ]
+    return torch.cat(parts).double().mean(0).numpy()
+
+
+def _padded(session: Session, slices: torch.Tensor) -> torch.Tensor:
+    """Logits of ``(S, C, H, W)``; sides are padded with zeros to what the network can halve."""
+    height, width = slices.shape[2:]
+    stride = session.study.model.stride
+    padded = F.pad(slices, (0, -width % stride, 0, -height % stride))
+    logits: torch.Tensor = session.network(padded.to(session.device)).float().cpu()
+    return logits[:, :, :height, :width]
+
+
+def _windows(session: Session, image: torch.Tensor) -> torch.Tensor:
+    """Logits of a volume by overlapping windows with Gaussian weights (MONAI)."""
+    from monai.inferers.utils import sliding_window_inference
+
+    logits = sliding_window_inference(
+        image[None].to(session.device),
+        roi_size=session.study.data.patch,
+        sw_batch_size=WINDOWS_AT_ONCE,
+        predictor=session.network,
+        overlap=session.study.evaluation.overlap,
+        mode="gaussian",
+    )
+    assert isinstance(logits, torch.Tensor)  # noqa: S101 - one output, so MONAI gives one tensor
+    return logits[0].float().cpu()
+
+
+def _fit(batch: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+    """Centre-crop and zero-pad the spatial sides of ``(N, C, *spatial)`` to ``patch``."""
+    for axis, size in enumerate(patch, start=2):
+        have = batch.shape[axis]
+        if have > size:
+            batch = batch.narrow(axis, (have - size) // 2, size)
+    pads: list[int] = []
+    for axis in range(len(patch) - 1, -1, -1):
+        missing = patch[axis] - batch.shape[axis + 2]
+        pads += [missing // 2, missing - missing // 2]
+    return F.pad(batch, pads)

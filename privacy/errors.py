@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that a person may meet, as one tree; the branch decides the exit code.
+
+    FedNeuroError
+    ├── BadInput              2  something that the user wrote or supplied is wrong
+    │   ├── StudyError           the study file or a ``--set`` override
+    │   ├── DataError            a scan, a mask, a table, a data set
+    │   └── StateError           an output folder that cannot be resumed or overwritten
+    ├── Refused               3  a hospital's policy or privacy budget says no
+    │   └── BudgetExhausted      the ledger has no ε left for the round
+    ├── QuorumLost            4  fewer hospitals answered than the study needs
+    ├── EnvironmentProblem    5  port, disk, certificate, missing package
+    └── ContractViolation     3  a message does not hold exactly what was agreed
+
+A message is one line: what, where, what was expected, what to do. It may name paths and patients, so it
+stays at the hospital; only the :class:`Reason` code and its fixed public text ever cross the wall.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+__all__ = [
+    "BadInput",
+    "BudgetExhausted",
+    "ContractViolation",
+    "DataError",
+    "EnvironmentProblem",
+    "FedNeuroError",
+    "QuorumLost",
+    "Reason",
+    "Refused",
+    "StateError",
+    "StudyError",
+]
+
+
+class Reason(StrEnum):
+    """Why a site did not do what it was asked. The only words of an error that leave a hospital."""
+
+    STUDY_NOT_APPROVED = "study-not-approved"
+    ROLE_REFUSED = "role-refused"
+    POLICY_REFUSED = "policy-refused"
+    BUDGET_EXHAUSTED = "budget-exhausted"
+    CONTRACT_VIOLATION = "contract-violation"
+    DATA_INVALID = "data-invalid"
+    NON_FINITE = "non-finite"
+    OUT_OF_STEP = "out-of-step"
+    ENVIRONMENT = "environment"
+    INTERNAL = "internal-error"
+    LOST = "lost"
+    TIMEOUT = "timeout"
+
+    @property
+    def public_text(self) -> str:
+        """A fixed sentence without paths, identifiers or values."""
+        return _PUBLIC_TEXT[self]
+
+
+_PUBLIC_TEXT: dict[Reason, str] = {
+    Reason.STUDY_NOT_APPROVED: "the hospital has not approved this study",
+    Reason.ROLE_REFUSED: "the hospital does not grant the role that was asked of it",
+    Reason.POLICY_REFUSED: "the hospital's policy forbids the request",
+    Reason.BUDGET_EXHAUSTED: "the hospital's privacy budget does not cover the round",
+    Reason.CONTRACT_VIOLATION: "the message does not hold what the contract allows",
+    Reason.DATA_INVALID: "the hospital's data set has a fault; its staff see it in the node's log",
+    Reason.NON_FINITE: "training gave a value that is not a finite number",
+    Reason.OUT_OF_STEP: "the hospital's saved state belongs to another round",
+    Reason.ENVIRONMENT: "the hospital's machine has a fault; its staff see it in the node's log",
+    Reason.INTERNAL: "the node met an unexpected error; its staff see it in the node's log",
+    Reason.LOST: "the hospital cannot be reached",
+    Reason.TIMEOUT: "the hospital did not answer in time",
+}
+
+
+class FedNeuroError(Exception):
+    """Base of all errors with a message made for people. ``exit_code`` ends the command, ``reason`` may leave."""
+
+    exit_code: ClassVar[int] = 1
+    default_reason: ClassVar[Reason] = Reason.INTERNAL
+
+    def __init__(self, message: str, *, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or self.default_reason
+
+
+class BadInput(FedNeuroError):
+    """Something that a person wrote or supplied is wrong."""
+
+    exit_code = 2
+    default_reason = Reason.CONTRACT_VIOLATION
+
+
+class StudyError(BadInput):
+    """The study file, or an override of it, is wrong."""
+
+
+class DataError(BadInput):
+    """A scan, mask, table or data set is wrong."""
+
+    default_reason = Reason.DATA_INVALID
+
+
+class StateError(BadInput):
+    """An output or state folder cannot be resumed or overwritten."""
+
+    default_reason = Reason.OUT_OF_STEP
+
+
+class Refused(FedNeuroError):
+    """A hospital's policy says no."""
+
+    exit_code = 3
+    default_reason = Reason.POLICY_REFUSED
+
+
+class BudgetExhausted(Refused):
+    """The privacy ledger does not cover the round."""
+
+    default_reason = Reason.BUDGET_EXHAUSTED
+
+
+class ContractViolation(FedNeuroError):
+    """A message holds something else than the contract allows."""
+
+    exit_code = 3
+    default_reason = Reason.CONTRACT_VIOLATION
+
+
+class QuorumLost(FedNeuroError):
+    """Fewer hospitals answered than the study needs."""
+
+    exit_code = 4
+    default_reason = Reason.LOST
+
+
+class EnvironmentProblem(FedNeuroError):
+    """Port, disk, certificate or package: the machine, not the study."""
+
+    exit_code = 5
+    default_reason = Reason.ENVIRONMENT

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study: what a consortium agrees to learn, typed, ranged and hashed.
+
+The study is the first thing that crosses a hospital's wall, so it belongs to this room: the coordinator
+reads it from a TOML file (:mod:`fedneuro.server.study_file`), every message carries its canonical form, and
+each node parses and hashes that form again before it looks at anything else. Unknown keys are refused on
+both sides. The *study hash* is the SHA-256 of the canonical form; it is on every message, ledger entry and
+report, so one changed digit is another study.
+
+Canonical form: the effective study (defaults filled in) as JSON, keys sorted, no white space, UTF-8.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..models.spec import ModelSection, Section, TaskSection, contradiction
+from .errors import ContractViolation
+
+__all__ = [
+    "DataSection",
+    "EvaluationSection",
+    "PrivacySection",
+    "StrategySection",
+    "Study",
+    "StudySection",
+    "TrainingSection",
+]
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Metric = Literal["dice", "hd95", "accuracy", "auroc"]
+SEGMENTATION_METRICS = frozenset({"dice", "hd95"})
+
+
+class StudySection(Section):
+    """Who we are."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="Short name: lower case, digits, hyphens.")
+    description: str = Field("", max_length=2000, description="What the consortium wants to learn, in a sentence.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="Seed of initialisation, crops and augmentation. Never of privacy noise.",
+    )
+
+
+class DataSection(Section):
+    """What a hospital's data set must hold, and how a scan becomes an input."""
+
+    modalities: tuple[Annotated[str, Field(pattern=r"^([a-z]+-[A-Za-z0-9]+_)*[A-Za-z0-9]+$")], ...] = Field(
+        ("FLAIR",),
+        min_length=1,
+        max_length=8,
+        description='Input channels by BIDS suffix and entities, such as "FLAIR", "T1w", "ce-gadolinium_T1w".',
+    )
+    missing_modality: Literal["refuse", "exclude", "zero"] = Field(
+        "refuse",
+        description="A patient who lacks a modality: refuse the data set, exclude the patient (counted and "
+        "reported), or feed zeros in that channel.",
+    )
+    empty_masks: Literal["refuse", "keep"] = Field(
+        "refuse", description="A mask without foreground: a fault, or a patient without the disease."
+    )
+    spacing: tuple[Annotated[float, Field(gt=0, le=20)], ...] = Field(
+        (), description="Resample to this voxel spacing in mm (three numbers). Empty: as acquired."
+    )
+    normalise: Literal["zscore", "percentile", "none"] = Field(
+        "zscore",
+        description="Intensities per scan: zero mean and unit variance over non-zero voxels; the 1st to 99th "
+        "percentile mapped to 0–1; or as stored.",
+    )
+    patch: tuple[Annotated[int, Field(ge=8, le=1024)], ...] = Field(
+        (128, 128),
+        min_length=2,
+        max_length=3,
+        description="Size in voxels of the crops that are trained on: two numbers for slices, three for volumes. "
+        "Smaller images are padded.",
+    )
+    slice_axis: Literal["sagittal", "coronal", "axial"] = Field("axial", description="model.dims = 2: the plane of the slices.")
+    foreground: float = Field(
+        0.5, ge=0.0, le=1.0, description="Share of crops that are centred on (2D: slices that show) a labelled voxel."
+    )
+    augment: Literal["none", "light", "standard"] = Field(
+        "light", description="none; light: flips; standard: flips, small affine, gamma, noise. Never mixes patients."
+    )
+    split_key: str = Field(
+        "fedneuro", min_length=1, max_length=128, description="Key of the hash that assigns patients to sides."
+    )
+
+
+class TrainingSection(Section):
+    """How a hospital trains between two rounds."""
+
+    rounds: int = Field(10, ge=1, le=10_000, description="Rounds of the federation.")
+    local_steps: int = Field(0, ge=0, le=100_000, description="Optimiser steps per round. 0: use local_epochs.")
+    local_epochs: int = Field(
+        0, ge=0, le=1000, description="Passes over the training patients per round (one crop each). 0: use local_steps."
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="Crops per step. Not used under privacy (see privacy).")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("adam", description="Local optimiser.")
+    learning_rate: float = Field(1e-3, gt=0, le=100, description="Step size.")
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="sgd: momentum.")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Weight decay.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="Learning rate over all steps of the study: constant, or cosine to zero."
+    )
+    optimizer_state: Literal["keep", "reset"] = Field(
+        "keep", description="A site's optimiser state between rounds: kept at the site, or started anew."
+    )
+    loss: Literal["dice_ce", "dice", "cross_entropy", "focal"] = Field(
+        "dice_ce", description="Loss. Dice losses are for segmentation; each is a mean over images."
+    )
+    ema: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Decay per round of the averaged global model that is evaluated. 0: none."
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of forward and backward.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+    threads: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="CPU threads of one site. Part of the study: the order of summation, and so the bits, depend on it.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.local_steps > 0) == (self.local_epochs > 0):
+            found = "both local_steps and local_epochs are set" if self.local_steps else "neither local_steps nor local_epochs is set"
+            raise contradiction("local_steps", found, "give exactly one of them, at least 1")
+        if self.momentum and self.optimizer != "sgd":
+            raise contradiction("momentum", f'momentum with optimizer = "{self.optimizer}"', 'momentum belongs to "sgd"')
+        return self
+
+
+class StrategySection(Section):
+    """How updates become the next global model."""
+
+    name: Literal["fedavg"] = Field("fedavg", description="fedavg: weighted mean of the sites' weights (McMahan 2017).")
+    weighting: Literal["public_size", "equal"] = Field(
+        "public_size", description="Weight of a site: its declared, rounded cohort size, or one. Never the true count."
+    )
+    min_sites: int = Field(
+        0, ge=0, le=10_000, description="Training sites that must answer in a round. 0: all that joined."
+    )
+    round_timeout: float = Field(3600.0, gt=0, le=7 * 86400, description="Seconds to wait for a site in a round.")
+
+
+class PrivacySection(Section):
+    """What is promised to each patient. Unit: the patient. Neighbouring relation: zero-out of one patient."""
+
+    mode: Literal["none", "local"] = Field(
+        "local",
+        description="local: each hospital's update is private against everyone, the server included. "
+        "none: no promise; a hospital must permit it.",
+    )
+    epsilon: float = Field(8.0, gt=0, le=1000, description="Budget of the whole study at each site.")
+    delta: float = Field(1e-5, gt=0, lt=1, description="Probability that the promise fails; below 1 / cohort size.")
+    sample_rate: float = Field(
+        0.25, gt=0, le=1, description="Probability that a patient takes part in a step (Poisson sampling)."
+    )
+    crops_per_patient: int = Field(
+        4, ge=1, le=256, description="Crops over all scans of a patient, averaged before clipping."
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="Bound C on the L2 norm of one patient's gradient.")
+
+
+class EvaluationSection(Section):
+    """How the model is judged."""
+
+    heldout: tuple[SiteName, ...] = Field((), description="Sites that never train. All other sites do.")
+    validation_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of a training site's patients that are kept for validation."
+    )
+    every: int = Field(1, ge=0, le=10_000, description="Evaluate after every so many rounds. 0: only at the end.")
+    metrics: tuple[Metric, ...] = Field((), description="Metrics. Empty: all that suit the task.")
+    select: Metric | Literal["", "last"] = Field(
+        "",
+        description="Metric on the validation patients of training sites that chooses the round. "
+        'Empty: the first metric. "last": the last round. Held-out sites never choose.',
+    )
+    min_patients: int = Field(
+        1, ge=1, le=1000, description="A site with fewer patients than this returns no metric."
+    )
+    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples of patients for 95 % intervals.")
+    overlap: float = Field(0.25, ge=0, lt=1, description="model.dims = 3: overlap of the inference windows.")
+    previews: int = Field(3, ge=0, le=50, description="Patients per site whose pictures stay in the site's folder.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("heldout", "metrics"):
+            values = getattr(self, key)
+            if len(set(values)) != len(values):
+                raise contradiction(key, f"{key} repeats a name: {list(values)}", "name each once")
+        return self
+
+
+class Study(Section):
+    """A whole study, validated. See the module's text for its canonical form and hash.
+
+    Example:
+        >>> study = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 2}})
+        >>> study.privacy.mode, len(study.hash)
+        ('local', 64)
+    """
+
+    study: StudySection
+    task: TaskSection = Field(default_factory=TaskSection)
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    training: TrainingSection
+    strategy: StrategySection = Field(default_factory=StrategySection)
+    privacy: PrivacySection = Field(default_factory=PrivacySection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "Study":
+        """Build from plain values, as TOML or JSON give them.
+
+        Raises:
+            pydantic.ValidationError: with one entry per wrong key; the edges turn it into a ``StudyError``.
+        """
+        return cls.model_validate_json(json.dumps(values))
+
+    @classmethod
+    def from_canonical(cls, canonical: bytes, expected_hash: str) -> "Study":
+        """Read a study that came in a message, and prove that it is the one that was named.
+
+        Raises:
+            ContractViolation: not a valid study, not in canonical form, or of another hash.
+        """
+        if hashlib.sha256(canonical).hexdigest() != expected_hash:
+            raise ContractViolation("the study in the message does not have the hash that the message names")
+        try:
+            study = cls.model_validate_json(canonical)
+        except ValidationError as error:
+            raise ContractViolation(f"the study in the message is not valid: {error.error_count()} faults") from error
+        if study.canonical != canonical:
+            raise ContractViolation("the study in the message is not in canonical form (another version of FedNeuro?)")
+        return study
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The canonical form; its SHA-256 is the study hash."""
+        values = self.model_dump(mode="json")
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+    @cached_property
+    def hash(self) -> str:
+        """Study hash: 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Metrics that a site returns, in the order of the study."""
+        if self.evaluation.metrics:
+            return self.evaluation.metrics
+        return ("dice", "hd95") if self.task.kind == "segmentation" else ("accuracy", "auroc")
+
+    @property
+    def select_metric(self) -> str:
+        """Metric that chooses the round, or ``"last"``."""
+        return self.evaluation.select or self.metric_names[0]
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps that one site takes in the whole study (mode ``local`` needs ``local_steps``)."""
+        return self.training.rounds * self.training.local_steps
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        task, model, data = self.task, self.model, self.data
+        segmentation = task.kind == "segmentation"
+        wanted = "unet" if segmentation else "resnet"
+        if model.name != wanted:
+            raise contradiction("model.name", f'model.name = "{model.name}" for task.kind = "{task.kind}"', f'use "{wanted}"')
+        if len(data.patch) != model.dims:
+            raise contradiction("data.patch", f"data.patch has {len(data.patch)} numbers while model.dims = {model.dims}", f"give {model.dims}")
+        if any(side % model.stride for side in data.patch):
+            raise contradiction(
+                "data.patch",
+                f"data.patch = {list(data.patch)} with {len(model.channels)} levels in model.channels",
+                f"every side must be a multiple of {model.stride}",
+            )
+        if data.spacing and len(data.spacing) != 3:
+            raise contradiction("data.spacing", f"{len(data.spacing)} numbers", "give three numbers in mm, or none")
+        if not segmentation and self.training.loss in ("dice", "dice_ce"):
+            raise contradiction("training.loss", f'"{self.training.loss}" for classification', 'use "cross_entropy" or "focal"')
+        suited = SEGMENTATION_METRICS if segmentation else frozenset({"accuracy", "auroc"})
+        for key, names in (("metrics", self.evaluation.metrics), ("select", (self.evaluation.select,))):
+            for name in names:
+                if name not in suited | {"", "last"}:
+                    raise contradiction(f"evaluation.{key}", f'"{name}" for {task.kind}', f"use {', '.join(sorted(suited))}")
+        if self.evaluation.select not in ("", "last", *self.metric_names):
+            raise contradiction("evaluation.select", f'"{self.evaluation.select}" is not in evaluation.metrics', "add it there")
+        if self.privacy.mode != "none" and not self.training.local_steps:
+            raise contradiction(
+                "training.local_steps",
+                f'training.local_epochs with privacy.mode = "{self.privacy.mode}"',
+                "private training counts Poisson steps: set training.local_steps and leave local_epochs out",
+            )
+        return self

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contract objects as Flower records, and back: the only place that knows both.
+
+A message is a Flower ``RecordDict`` of at most three records, whose names and keys are listed here in full:
+
+    ==========  ============  ===================================================================
+    record      kind          holds
+    ==========  ============  ===================================================================
+    request     ConfigRecord  contract, kind, round, final, study, study-hash, [digest]
+    reply       ConfigRecord  contract, type, site, and the fields of that reply, [digest]
+    layout      ConfigRecord  names, dtypes, shapes of the arrays, in order
+    arrays      ArrayRecord   ``state``: the bytes of all arrays, one after another
+    metrics     ConfigRecord  per metric: mean, low, high (floats); its ``n`` is in ``patients``
+    patients    ConfigRecord  per metric: number of patients
+    ==========  ============  ===================================================================
+
+Parsing fails closed, on both sides: a record, a key or a type that is not expected, a number that is not
+finite, a size beyond the limits below, a study that does not hash to its name or arrays that do not hash to
+their digest raise :class:`ContractViolation`. All arrays travel as *one* Flower array, because Flower moves
+each array as two objects, each with an HTTP request of its own on every hop: a U-Net of 60 arrays would need
+several hundred requests per round, this form needs six.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.state import digest
+from .contract import (
+    Arrays,
+    Estimate,
+    EvaluateReply,
+    HelloReply,
+    Kind,
+    Refusal,
+    Reply,
+    Request,
+    Role,
+    TrainReply,
+)
+from .errors import ContractViolation, Reason
+from .study import Study
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+__all__ = ["MESSAGE_TYPES", "Packed", "decode_reply", "decode_request", "encode_reply", "encode_request", "pack"]
+
+VERSION: Final = 1
+"""Version of this form. Both sides must speak the same."""
+
+MESSAGE_TYPES: Final[Mapping[Kind, str]] = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
+"""Flower's message type of each kind of request."""
+
+# Limits against a message that is made to exhaust memory; each is far above what a study needs.
+MAX_STUDY_BYTES: Final = 256 * 1024
+MAX_STATE_BYTES: Final = 4 * 1024**3
+MAX_ARRAYS: Final = 16_384
+MAX_TEXT: Final = 512
+MAX_ENTRIES: Final = 256
+
+_T = TypeVar("_T")
+_STYPE: Final = "fedneuro.state"
+_DTYPES: Final = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8", "bool"})
+_SITE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_SHAPE: Final = re.compile(r"([0-9]{1,12}(,[0-9]{1,12}){0,7})?")
+_METRIC: Final = re.compile(r"[A-Za-z][A-Za-z0-9_ :.-]{0,127}")
+
+Packed = tuple["ConfigRecord", "ArrayRecord", str]
+"""Arrays made ready to travel: layout, bytes and digest. One serves the requests to all sites."""
+
+
+# -- encoding ------------------------------------------------------------------------------------------------
+
+
+def pack(arrays: Arrays) -> Packed:
+    """Arrays as ``layout`` and ``arrays`` records, with their digest.
+
+    Raises:
+        ContractViolation: an array of a kind that does not travel, or too many.
+    """
+    from flwr.app import Array, ArrayRecord, ConfigRecord
+
+    parts = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    for name, part in parts.items():
+        if part.dtype.name not in _DTYPES or part.dtype.byteorder == ">":
+            raise ContractViolation(f"array {name} has dtype {part.dtype}; {', '.join(sorted(_DTYPES))} may travel")
+    size = sum(part.nbytes for part in parts.values())
+    if not parts or len(parts) > MAX_ARRAYS or size > MAX_STATE_BYTES:
+        raise ContractViolation(
+            f"{len(parts)} arrays of {size} bytes; 1 to {MAX_ARRAYS} of {MAX_STATE_BYTES} may travel"
+        )
+    data = b"".join(part.reshape(-1).view(np.uint8).data for part in parts.values())
+    layout = ConfigRecord(
+        {
+            "names": list(parts),
+            "dtypes": [part.dtype.name for part in parts.values()],
+            "shapes": [",".join(map(str, arrays[name].shape)) for name in parts],
+        }
+    )
+    record = ArrayRecord({"state": Array("uint8", (size,), _STYPE, data)})
+    return layout, record, digest(arrays)
+
+
+def encode_request(request: Request, packed: Packed | None = None) -> "RecordDict":
+    """A request as Flower records.
+
+    Args:
+        request: what is asked.
+        packed: ``pack(request.arrays)``, where the caller sends the same arrays to several sites.
+
+    Raises:
+        ContractViolation: the request contradicts itself.
+    """
+    from flwr.app import ConfigRecord, RecordDict
+
+    _check_request(request)
+    values: dict[str, Any] = {
+        "contract": VERSION,
+        "kind": request.kind,
+        "round": request.round,
+        "final": request.final,
+        "study": request.study.canonical,
+        "study-hash": request.study.hash,
+    }
+    records: dict[str, Any] = {}
+    if request.arrays is not None:
+        records["layout"], records["arrays"], values["digest"] = packed or pack(request.arrays)
+    return RecordDict({"request": ConfigRecord(values), **records})
+
+
+def encode_reply(reply: Reply) -> "RecordDict":
+    """A reply as Flower records.
+
+    Raises:
+        ContractViolation: the reply holds a number that is not finite, or an array that may not travel.
+    """
+    from flwr.app import ConfigRecord, RecordDict
+
+    records: dict[str, Any] = {}
+    values: dict[str, Any] = {"contract": VERSION, "site": reply.site}
+    if isinstance(reply, HelloReply):
+        values |= {"type": "hello", "role": reply.role.value, "public-size": reply.public_size}
+        values |= {"versions": json.dumps(dict(reply.versions)), "has-validation": reply.has_validation}
+    elif isinstance(reply, TrainReply):
+        values |= {"type": "train", "round": reply.round, "steps": reply.steps, "seconds": float(reply.seconds)}
+        optional = {"loss": reply.loss, "epsilon": reply.epsilon, "noise-multiplier": reply.noise_multiplier}
+        values |= {key: float(value) for key, value in optional.items() if value is not None}
+        records["layout"], records["arrays"], values["digest"] = pack(reply.arrays)
+    elif isinstance(reply, EvaluateReply):
+        values |= {"type": "evaluate", "round": reply.round, "seconds": float(reply.seconds)}
+        metrics = reply.metrics.items()
+        records["metrics"] = ConfigRecord({name: [float(e.mean), float(e.low), float(e.high)] for name, e in metrics})
+        records["patients"] = ConfigRecord({name: e.n for name, e in metrics})
+    else:
+        values |= {"type": "refusal", "kind": reply.kind, "round": reply.round, "reason": reply.reason.value}
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ContractViolation(
+                f"{key} of the reply is {value}; a finite number was agreed", reason=Reason.NON_FINITE
+            )
+    return RecordDict({"reply": ConfigRecord(values), **records})
+
+
+# -- decoding ------------------------------------------------------------------------------------------------
+
+
+def decode_request(content: "RecordDict") -> Request:
+    """The request in Flower records that came from a coordinator.
+
+    Raises:
+        ContractViolation: anything in it is not as agreed.
+    """
+    fields = _Fields(content, "request")
+    kind = cast(Kind, fields.choice("kind", get_args(Kind)))
+    study_bytes = fields.take("study", bytes)
+    if len(study_bytes) > MAX_STUDY_BYTES:
+        raise ContractViolation(f"the study has {len(study_bytes)} bytes; at most {MAX_STUDY_BYTES} may travel")
+    study = Study.from_canonical(study_bytes, fields.match("study-hash", _HASH))
+    arrays = _unpack(content, fields) if "digest" in fields else None
+    number, final = fields.whole("round"), fields.take("final", bool)
+    fields.close({"request"} | ({"layout", "arrays"} if arrays is not None else set()))
+    request = Request(kind=kind, study=study, round=number, arrays=arrays, final=final)
+    _check_request(request)
+    return request
+
+
+def decode_reply(content: "RecordDict") -> Reply:
+    """The reply in Flower records that came from a site.
+
+    Raises:
+        ContractViolation: anything in it is not as agreed.
+    """
+    fields = _Fields(content, "reply")
+    kind = fields.choice("type", tuple(_REPLIES))
+    return _REPLIES[kind](content, fields, fields.match("site", _SITE))
+
+
+def _hello(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+    role = Role(fields.choice("role", tuple(Role)))
+    size, validation = fields.whole("public-size"), fields.take("has-validation", bool)
+    versions = _versions(fields.take("versions", str))
+    fields.close({"reply"})
+    return HelloReply(site=site, role=role, public_size=size, versions=versions, has_validation=validation)
+
+
+def _train(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
+    arrays = _unpack(content, fields)
+    optional = {key: fields.number(key) if key in fields else None for key in ("loss", "epsilon", "noise-multiplier")}
+    reply = TrainReply(
+        site=site,
+        round=fields.whole("round"),
+        arrays=arrays,
+        steps=fields.whole("steps"),
+        seconds=fields.number("seconds"),
+        loss=optional["loss"],
+        epsilon=optional["epsilon"],
+        noise_multiplier=optional["noise-multiplier"],
+    )
+    fields.close({"reply", "layout", "arrays"})
+    return reply
+
+
+def _evaluate(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
+    metrics, patients = _record(content, "metrics"), _record(content, "patients")
+    if list(metrics) != list(patients) or len(metrics) > MAX_ENTRIES:
+        raise ContractViolation("metrics and patients of the reply do not name the same metrics")
+    estimates: dict[str, Estimate] = {}
+    for name, values in metrics.items():
+        count = patients[name]
+        three = type(values) is list and len(values) == 3 and all(type(v) is float for v in values)
+        if not _METRIC.fullmatch(name) or not three or type(count) is not int:
+            raise ContractViolation(f"metric {_short(name)} is not three numbers over a count of patients")
+        estimates[name] = Estimate(mean=values[0], low=values[1], high=values[2], n=count)
+    reply = EvaluateReply(site=site, round=fields.whole("round"), metrics=estimates, seconds=fields.number("seconds"))
+    fields.close({"reply", "metrics", "patients"})
+    return reply
+
+
+def _refusal(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+    kind = cast(Kind, fields.choice("kind", get_args(Kind)))
+    reason = Reason(fields.choice("reason", tuple(Reason)))
+    number = fields.whole("round")
+    fields.close({"reply"})
+    return Refusal(site=site, kind=kind, round=number, reason=reason)
+
+
+_REPLIES: Final[Mapping[str, Callable[["RecordDict", "_Fields", str], Reply]]] = {
+    "hello": _hello,
+    "train": _train,
+    "evaluate": _evaluate,
+    "refusal": _refusal,
+}
+
+
+def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.generic]]:
+    """The arrays of a message: read-only views of the bytes that came, verified against the digest."""
+    from flwr.app import ArrayRecord
+
+    expected = fields.match("digest", _HASH)
+    names, dtypes, shapes = _layout(_record(content, "layout"))
+    record = content.get("arrays")
+    if type(record) is not ArrayRecord or list(record) != ["state"]:
+        raise ContractViolation("record arrays of the message does not hold state, and state only")
+    state = record["state"]
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    total = sum(sizes)
+    if state.stype != _STYPE or state.dtype != "uint8" or tuple(state.shape) != (total,) or len(state.data) != total:
+        raise ContractViolation(f"the arrays of the message have {len(state.data)} bytes; its layout says {total}")
+    if total > MAX_STATE_BYTES:
+        raise ContractViolation(f"the arrays of the message have {total} bytes; at most {MAX_STATE_BYTES} may travel")
+    arrays: dict[str, NDArray[np.generic]] = {}
+    offset = 0
+    for name, dtype, shape, size in zip(names, dtypes, shapes, sizes, strict=True):
+        part = np.frombuffer(state.data, np.uint8, size, offset) if size else np.empty(0, np.uint8)
+        if dtype == "bool" and size and part.max() > 1:
+            raise ContractViolation(f"array {_short(name)} is not made of true and false")
+        array = part.view(dtype).reshape(shape)
+        arrays[name] = array if array.flags.aligned else array.copy()
+        offset += size
+    if digest(arrays) != expected:
+        raise ContractViolation("the arrays of the message do not have the digest that it names")
+    return arrays
+
+
+def _layout(record: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[int, ...]]]:
+    """Names, dtypes and shapes, checked."""
+    lists = [record.get(key) for key in ("names", "dtypes", "shapes")]
+    if set(record) != {"names", "dtypes", "shapes"} or not all(
+        type(values) is list and all(type(v) is str and len(v) <= MAX_TEXT for v in values) for values in lists
+    ):
+        raise ContractViolation("record layout of the message is not three lists of short texts")
+    names, dtypes, shape_texts = cast(list[list[str]], lists)
+    if not 1 <= len(names) <= MAX_ARRAYS or len(set(names)) != len(names):
+        raise ContractViolation(f"layout names {len(names)} arrays, or one twice; 1 to {MAX_ARRAYS} may travel")
+    if not len(names) == len(dtypes) == len(shape_texts) or not set(dtypes) <= _DTYPES:
+        raise ContractViolation("layout does not give each array one shape and one known dtype")
+    shapes = []
+    for text in shape_texts:
+        if not _SHAPE.fullmatch(text):
+            raise ContractViolation(f"layout holds shape {_short(text)}; whole numbers with commas were agreed")
+        shapes.append(tuple(int(side) for side in text.split(",") if side))
+    return names, dtypes, shapes
+
+
+def _versions(text: str) -> dict[str, str]:
+    """Software versions: a small JSON object of texts."""
+    try:
+        values = json.loads(text) if len(text) <= MAX_ENTRIES * MAX_TEXT else None
+    except (ValueError, RecursionError):
+        values = None
+    if (
+        not isinstance(values, dict)
+        or len(values) > MAX_ENTRIES
+        or not all(type(v) is str and len(v) <= MAX_TEXT and len(k) <= MAX_TEXT for k, v in values.items())
+    ):
+        raise ContractViolation("versions of the reply is not a small JSON object of texts")
+    return values
+
+
+def _check_request(request: Request) -> None:
+    """What a request of each kind may hold."""
+    if (
+        request.round < 0
+        or (request.kind == "hello" and request.round)
+        or (request.kind == "train" and not request.round)
+    ):
+        raise ContractViolation(f"round {request.round} does not suit a {request.kind} request")
+    if (request.arrays is None) is not (request.kind == "hello"):
+        raise ContractViolation(f"a {request.kind} request {'with a' if request.arrays else 'without a'} model")
+    if request.final and request.kind != "evaluate":
+        raise ContractViolation(f"final does not suit a {request.kind} request")
+
+
+def _record(content: "RecordDict", name: str) -> Mapping[str, Any]:
+    """A ConfigRecord of the message."""
+    from flwr.app import ConfigRecord
+
+    record = content.get(name)
+    if type(record) is not ConfigRecord:
+        raise ContractViolation(f"record {name} of the message is missing or of another kind")
+    return cast(Mapping[str, Any], record)
+
+
+class _Fields:
+    """Reads the scalar fields of one record, each once; :meth:`close` refuses what nobody asked for."""
+
+    def __init__(self, content: "RecordDict", name: str) -> None:
+        self._content = content
+        self._values = dict(_record(content, name))
+        if (version := self.whole("contract")) != VERSION:
+            raise ContractViolation(f"the message is in form {version}; this version of FedNeuro speaks form {VERSION}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def take(self, key: str, kind: type[_T]) -> _T:
+        """The value of ``key``, of exactly this type (so ``True`` is no number)."""
+        value = self._values.pop(key, None)
+        if type(value) is not kind:
+            raise ContractViolation(f"{key} of the message is missing or is not of type {kind.__name__}")
+        return value
+
+    def whole(self, key: str) -> int:
+        """A whole number from 0."""
+        value = self.take(key, int)
+        if not 0 <= value < 2**53:
+            raise ContractViolation(f"{key} of the message is {value}; a whole number from 0 was agreed")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self.take(key, float)
+        if not math.isfinite(value):
+            raise ContractViolation(
+                f"{key} of the message is {value}; a finite number was agreed", reason=Reason.NON_FINITE
+            )
+        return value
+
+    def match(self, key: str, pattern: re.Pattern[str]) -> str:
+        """A text of this form."""
+        value = self.take(key, str)
+        if not pattern.fullmatch(value):
+            raise ContractViolation(f"{key} of the message is {_short(value)}, not of the agreed form")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of the allowed texts."""
+        value = self.take(key, str)
+        if value not in allowed:
+            raise ContractViolation(f"{key} of the message is {_short(value)}; allowed: {', '.join(allowed)}")
+        return value
+
+    def close(self, records: set[str]) -> None:
+        """Refuse keys that were not read, and records that the message should not have."""
+        if self._values or set(self._content) != records:
+            extra = sorted(set(self._values) | (set(self._content) - records))
+            raise ContractViolation(
+                f"the message holds {len(extra)} unexpected keys or records: {_short(', '.join(extra))}"
+            )
+
+
+def _not_finite(key: str, value: float) -> ContractViolation:
+    return ContractViolation(f"{key} of the message is {value}; a finite number was agreed", reason=Reason.NON_FINITE)
+
+
+def _short(text: str) -> str:
+    """A foreign text made safe for one log line."""
+    return ascii(text[:60])

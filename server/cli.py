@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fedneuro-server``: the coordinator."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..privacy.exits import run_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedneuro-server",
+    help="Coordinate a federated study: check its study file, and write its report at any time.\n\n"
+    "A whole deployment on one machine: fedneuro-sim rehearse STUDY --sites DIR --out OUT",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (TOML).")]
+
+
+@app.command()
+def check(
+    study: StudyFile,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may repeat.")
+    ] = None,
+) -> None:
+    """Validate a study and print it in full, every default filled in, with its hash."""
+    from .study_file import describe, load_study
+
+    loaded = load_study(study, overrides or [])
+    print(describe(loaded), end="")
+    print(f"\n# study hash: {loaded.hash}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the study file, for editors."""
+    from .study_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, finished or not.")]) -> None:
+    """Write results.json and report.html of a run from its saved state, also after a crash."""
+    from .report import write_report
+    from .results import write_results
+    from .store import RunStore
+
+    store = RunStore.load(out)
+    try:
+        results = write_results(store)
+    finally:
+        store.close()
+    write_report(results, out / "report.html")
+    print(out / "report.html")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run_command(app)

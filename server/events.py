@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens in a run, as a stream of small events that progress bars, logs and dashboards read.
+
+An observer is a function that takes an :class:`Event`. Events are saved with the run
+(:mod:`fedneuro.server.store`), so another process can follow it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Event", "EventKind", "Observer", "ignore"]
+
+EventKind = Literal[
+    "started",  # sites: {name: role}, rounds, first_round
+    "round-started",
+    "trained",  # site, loss, epsilon, seconds
+    "evaluated",  # site, metrics: {name: mean}
+    "refused",  # site, reason, during
+    "round-done",  # seconds, sites, asked
+    "final-started",
+    "finished",  # selected_round
+    "failed",  # error (class name), message
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened. ``values`` are JSON values, listed beside each :data:`EventKind`."""
+
+    kind: EventKind
+    round: int = 0
+    site: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """An observer that looks at nothing."""
+    del event

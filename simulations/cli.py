@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fedneuro-sim``: studies on one machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..privacy.exits import run_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedneuro-sim",
+    help="Run a federated study on one machine: the same study file, coordinator and hospitals as a deployment.\n\n"
+    "Start here:  fedneuro-sim demo --out out/demo\n\n"
+    "Your data:   fedneuro-sim check STUDY, then fedneuro-sim run STUDY --sites DIR --out OUT",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure FedNeuro beside its alternatives, in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (TOML).")]
+Sites = Annotated[Path, typer.Option("--sites", help="Folder that holds one BIDS folder per hospital.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for results, report, model and saved state.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the study (TOML value); may repeat."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in OUT.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Worker processes; 0: as many as sites and cores allow.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of preprocessed scans to share between runs.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+@app.command()
+def check(study: StudyFile, overrides: Set = None) -> None:
+    """Validate a study and print it in full, every default filled in, with its hash."""
+    from ..server.study_file import describe, load_study
+
+    loaded = load_study(study, overrides or [])
+    print(describe(loaded), end="")
+    print(f"\n# study hash: {loaded.hash}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the study file, for editors."""
+    from ..server.study_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    sites: Sites,
+    out: Out,
+    overrides: Set = None,
+    engine: Annotated[str, typer.Option(help="inprocess or ray.")] = "inprocess",
+    workers: Workers = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    cache: Cache = None,
+) -> None:
+    """Run a study on the sites in a folder and write results.json, report.html and model.safetensors."""
+    if engine not in ("inprocess", "ray"):
+        raise typer.BadParameter(f'"{engine}": expected inprocess or ray', param_hint="--engine")
+    _simulate(study, sites, out, overrides, engine=engine, workers=workers, resume=resume, overwrite=overwrite, cache=cache)
+
+
+@app.command()
+def rehearse(
+    study: StudyFile,
+    sites: Sites,
+    out: Out,
+    overrides: Set = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    cache: Cache = None,
+) -> None:
+    """Run a study over a real Flower deployment on 127.0.0.1: SuperLink with TLS, one node per site."""
+    _simulate(study, sites, out, overrides, engine="deployment", resume=resume, overwrite=overwrite, cache=cache)
+
+
+def _simulate(
+    study: Path,
+    sites: Path,
+    out: Path,
+    overrides: list[str] | None,
+    *,
+    engine: str,
+    workers: int = 0,
+    resume: bool,
+    overwrite: bool,
+    cache: Path | None,
+) -> None:
+    from ..server.progress import RunProgress
+    from ..server.study_file import load_study
+    from .run import Simulation
+
+    loaded = load_study(study, overrides or [])
+    console = Console(stderr=True)
+    simulation = Simulation(study=loaded, sites=sites, out=out, cache=cache, engine=engine, workers=workers)  # type: ignore[arg-type]
+    with RunProgress(console, loaded.study.name) as progress:
+        results = simulation.run(resume=resume, overwrite=overwrite, observer=progress)
+    show(results, out)
+
+
+def show(results: dict[str, object], out: Path) -> None:
+    """Print the result, held-out sites first."""
+    console = Console()
+    sites: dict[str, dict[str, dict[str, dict[str, object]]]] = results["sites"]  # type: ignore[assignment]
+    epsilons: dict[str, float] = results["privacy"]["epsilon"]  # type: ignore[index]
+    table = Table(title=f"round {results['selected_round']} of study {str(results['study_hash'])[:12]}", title_justify="left")
+    for column in ("site", "role", "metric", "mean", "95 % interval", "patients", "untrained", "ε"):
+        table.add_column(column)
+    for name, site in sorted(sites.items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
+        for metric, value in site["metrics"].items():
+            low, high = value["ci95"]  # type: ignore[misc]
+            before = site["untrained"].get(metric)
+            spent = epsilons.get(name, max(epsilons.values(), default=None))
+            table.add_row(
+                name, str(site["role"]), metric, f"{value['mean']:.3f}", f"{low:.3f} to {high:.3f}", str(value["n"]),
+                f"{before['mean']:.3f}" if before else "", f"{spent:.2f}" if spent is not None else "no privacy",
+            )  # fmt: skip
+    console.print(table)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def phantoms(
+    out: Out,
+    sites: Annotated[int, typer.Option(min=1, max=100, help="Number of hospitals.")] = 5,
+    patients: Annotated[int, typer.Option(min=1, max=10_000, help="Patients per hospital.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; a site is reproducible on its own.")] = 0,
+    workers: Workers = 0,
+) -> None:
+    """Make synthetic hospitals that look like brain MRI, from the ICBM152 tissue maps."""
+    from .demo import make_phantoms
+
+    console = Console(stderr=True)
+    with Progress(console=console) as progress:
+        make_phantoms(out, {f"hospital-{i + 1}": patients for i in range(sites)}, seed=seed, workers=workers, progress=progress)
+    print(out)
+
+
+@app.command()
+def demo(
+    out: Out = Path("out/demo"),
+    workers: Workers = 0,
+) -> None:
+    """Train a federation of synthetic hospitals under differential privacy and judge it on a held-out one."""
+    from .demo import run_demo
+
+    show(run_demo(out, workers=workers, console=Console(stderr=True)), out)
+
+
+@app.command("import-jpg")
+def import_jpg(
+    source: Annotated[Path, typer.Argument(help="Folder with index.csv and one folder of JPEG slices per class.")],
+    out: Out,
+    sites: Annotated[int, typer.Option(min=1, max=100, help="Number of simulated sites.")] = 4,
+) -> None:
+    """Turn classified 2D slices (brain_tumour_jpg) into simulated BIDS-like sites, split by block."""
+    from .importers import import_tumour_jpg
+
+    _print_sizes(import_tumour_jpg(source, out, sites=sites))
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="One BIDS data set.")],
+    out: Out,
+    sites: Annotated[int, typer.Option(min=2, max=100, help="Number of simulated sites.")] = 3,
+) -> None:
+    """Divide one BIDS data set into simulated sites, by a hash of the patient."""
+    from .importers import split_site
+
+    _print_sizes(split_site(source, out, sites=sites))
+
+
+def _print_sizes(sizes: dict[str, int]) -> None:
+    for name, count in sizes.items():
+        print(f"{name}: {count} patients")
+
+
+@bench.command()
+def overhead(json_out: JsonOut = None) -> None:
+    """The same job as a plain PyTorch loop and through the in-process engine, side by side."""
+    from .benchmarks.overhead import bench_overhead
+
+    print(json.dumps(bench_overhead(json_out), indent=2))
+
+
+@bench.command()
+def rounds(json_out: JsonOut = None, count: Annotated[int, typer.Option("--rounds", min=2)] = 5) -> None:
+    """Seconds per round of a deployment without computation, stock Flower beside it."""
+    from .benchmarks.rounds import bench_rounds
+
+    print(json.dumps(bench_rounds(json_out, rounds=count), indent=2))
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run_command(app)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sites of a simulation: the sub-folders of one folder, each a hospital's BIDS data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..client.data import public_size
+from ..client.settings import SiteSettings
+from ..privacy.contract import Role
+from ..privacy.errors import DataError
+from ..privacy.study import Study
+
+__all__ = ["faults", "find_sites", "site_settings"]
+
+
+def find_sites(folder: Path) -> dict[str, Path]:
+    """Names and folders of the sites below ``folder``: each sub-folder with ``sub-*`` or a data set description.
+
+    Raises:
+        DataError: there is no such folder, or no site in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--sites {folder}: no such folder; give the folder that holds one BIDS folder per hospital")
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _is_bids(path)}
+    if any(folder.glob("sub-*")):
+        raise DataError(
+            f"--sites {folder}: is one data set (it holds sub-*), not a folder of sites; "
+            f"make simulated sites of it with: fedneuro-sim split {folder} --out DIR --sites 3"
+        )
+    if not found:
+        raise DataError(f"--sites {folder}: no sub-folder holds a BIDS data set (sub-*); expected one per hospital")
+    return found
+
+
+def _is_bids(path: Path) -> bool:
+    return not path.name.startswith(".") and ((path / "dataset_description.json").is_file() or any(path.glob("sub-*")))
+
+
+def site_settings(study: Study, sites: dict[str, Path], out: Path, *, cache: Path | None = None) -> dict[str, SiteSettings]:
+    """Settings of simulated nodes: roles as the study asks, states below ``out/sites``.
+
+    The declared size is the number of patient folders rounded to five, as a hospital would declare it.
+    """
+    return {
+        name: SiteSettings(
+            name=name,
+            data=path,
+            state=out / "sites" / name,
+            role=Role.HELDOUT if name in study.evaluation.heldout else Role.TRAIN,
+            public_size=public_size(sum(1 for p in path.glob("sub-*") if p.is_dir())),
+            cache=cache / name if cache else None,
+        )
+        for name, path in sites.items()
+    }
+
+
+def faults(out: Path) -> list[dict[str, Any]]:
+    """What the simulated hospitals wrote down when they last refused, with the text that a real one keeps to itself."""
+    found = []
+    for path in sorted((out / "sites").glob("*/last-fault.json")):
+        found.append({"site": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))})
+    return found
