@@ -19,7 +19,7 @@ from flwr.common.constant import ErrorCode
 from ..privacy.contract import Refusal
 from ..privacy.errors import BadInput, ContractViolation, FedNeuroError, Reason
 from ..privacy.wire import MESSAGE_TYPES, decode_request, encode_reply
-from .node_settings import read_node_settings
+from .node_settings import load_node_settings
 from .site import Site
 
 __all__ = ["answer", "app", "masked", "serve"]
@@ -74,7 +74,7 @@ def serve(client_app: ClientApp, site_of: SiteOf) -> None:
 
 @cache
 def _site(path: str) -> Site:
-    return Site(read_node_settings(Path(path)).site_settings())
+    return Site(load_node_settings(Path(path)).site_settings())
 
 
 def _configured(_: Context) -> Site:

@@ -38,7 +38,7 @@ from ..privacy.contract import Role
 from ..privacy.errors import BadInput
 from .settings import SiteSettings
 
-__all__ = ["NodeSettings", "read_node_settings"]
+__all__ = ["NodeSettings", "load_node_settings"]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -109,7 +109,7 @@ _EXISTING = {("site", "data"), ("superlink", "root_certificate"), ("superlink", 
 _SECRET = {("superlink", "key"), ("runner", "secret")}
 
 
-def read_node_settings(path: Path) -> NodeSettings:
+def load_node_settings(path: Path) -> NodeSettings:
     """Read and check a node file.
 
     Raises:
@@ -136,9 +136,11 @@ def read_node_settings(path: Path) -> NodeSettings:
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
     for section, keys in _PATHS.items():
         part = values.get(section)
-        for key in keys if isinstance(part, dict) else ():
-            if isinstance(part[key] if key in part else None, str) and part[key]:
-                part[key] = str(base / Path(part[key]).expanduser())
+        if not isinstance(part, dict):
+            continue
+        for key in keys:
+            if isinstance(named := part.get(key), str) and named:
+                part[key] = str(base / Path(named).expanduser())
 
 
 def _check_files(settings: NodeSettings, path: Path) -> None:

@@ -53,7 +53,9 @@ class Session:
         self.settings = settings
         self.study = study
         self.folder = settings.state / study.hash[:16]
-        self.data = open_site(settings.data, study, cache=settings.cache or settings.state / "cache")
+        self.data = open_site(
+            settings.data, study, cache=settings.cache or settings.state / "cache", site=settings.name
+        )
         wanted = study.training.device
         self.device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
         self.network = build_network(

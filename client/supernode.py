@@ -9,8 +9,10 @@ pauses are no longer where they were.
 """
 
 import sys
+import time
 from types import SimpleNamespace
 
+from ..privacy.flower_tasks import quicken_transfers
 from ..privacy.pace import Pace
 
 __all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "main", "shorten_pauses"]
@@ -20,19 +22,11 @@ REPLY_PAUSE = 0.5
 """Flower's own pauses in seconds, by which the two places are told apart."""
 
 
-def shorten_pauses(waits: list[Pace] | None = None) -> None:
-    """Let the SuperNode's main loop pause as long as :class:`Pace` says.
-
-    Raises:
-        RuntimeError: the installed Flower is not the one that this was written for.
-    """
-    import time
-
+def shorten_pauses() -> None:
+    """Let the SuperNode's main loop pause as long as :class:`Pace` says."""
     from flwr.supernode import start_client_internal as loop
 
-    if loop.time is not time:
-        raise RuntimeError("the SuperNode's clock was already replaced")
-    idle, reply = waits or (Pace(), Pace(shortest=0.01, longest=0.25))
+    idle, reply = Pace(shortest=0.05), Pace(shortest=0.01, longest=0.25)
     last = ""
 
     def sleep(seconds: float) -> None:
@@ -46,7 +40,7 @@ def shorten_pauses(waits: list[Pace] | None = None) -> None:
             last = kind
         time.sleep(pace.pause())
 
-    loop.time = SimpleNamespace(sleep=sleep)
+    vars(loop)["time"] = SimpleNamespace(sleep=sleep)
 
 
 def main() -> None:
@@ -54,6 +48,7 @@ def main() -> None:
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     shorten_pauses()
+    quicken_transfers()
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 

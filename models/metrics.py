@@ -18,6 +18,7 @@ References: Maier-Hein et al. 2024, Metrics reloaded, https://doi.org/10.1038/s4
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -181,13 +182,16 @@ def _hausdorff95(mine: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Seq
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
     box = _bounding_box(mine | truth)
-    found = compute_hausdorff_distance(
-        np.ascontiguousarray(mine[box])[None, None],
-        np.ascontiguousarray(truth[box])[None, None],
-        include_background=True,
-        percentile=95,
-        spacing=[float(mm) for mm in spacing],
-    )
+    with warnings.catch_warnings():
+        # MONAI 1.5 and 1.6 pass an argument to themselves that they have deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
+        found = compute_hausdorff_distance(
+            np.ascontiguousarray(mine[box])[None, None],
+            np.ascontiguousarray(truth[box])[None, None],
+            include_background=True,
+            percentile=95,
+            spacing=[float(mm) for mm in spacing],
+        )
     return float(found.item())
 
 

@@ -40,7 +40,7 @@ MAX_NOISE = 1e6
 """Largest noise multiplier that :func:`calibrate` tries."""
 HUGE = 100.0
 """ε above which the coarse grid is enough."""
-_CLOSE = 1e-4  # calibrate stops this close below the target, relative
+_CLOSE = 1e-4  # calibrate stops this close below the target, relative in ε
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,59 +123,50 @@ def cross_check(events: Iterable[GaussianEvent], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> float:
-    def excess(log_sigma: float, grid: float) -> float:
+    from scipy.optimize import brentq
+
+    def excess(log_sigma: float, grid: float = COARSE_GRID) -> float:
         """ln(ε / target) at σ; falls as σ grows, nearly straight in ln σ."""
-        event = GaussianEvent(sample_rate=sample_rate, noise_multiplier=math.exp(log_sigma), count=steps)
+        sigma = max(math.exp(log_sigma), MIN_NOISE)
+        event = GaussianEvent(sample_rate=sample_rate, noise_multiplier=sigma, count=steps)
         return math.log(max(epsilon([event], delta, grid=grid), 1e-300) / target)
 
-    # 1. A bracket on the coarse grid, from the textbook guess.
-    guess = sample_rate * math.sqrt(2 * steps * math.log(1.25 / delta)) / target
+    # 1. A bracket, from the textbook guess.
     lowest, highest = math.log(MIN_NOISE), math.log(MAX_NOISE)
-    right = left = min(max(math.log(guess), math.log(0.5)), highest)
-    f_right = f_left = excess(left, COARSE_GRID)
-    while f_right > 0:
+    guess = sample_rate * math.sqrt(2 * steps * math.log(1.25 / delta)) / target
+    left = right = min(max(math.log(guess), math.log(0.5)), highest)
+    while excess(right) > 0:
         if right == highest:
             raise BadInput(
                 f"epsilon = {target} over {steps} steps at sample_rate = {sample_rate} needs noise beyond "
                 f"{MAX_NOISE:g}; raise epsilon or delta, or take fewer steps"
             )
-        left, f_left = right, f_right
-        right = min(right + math.log(2), highest)
-        f_right = excess(right, COARSE_GRID)
-    while f_left <= 0:
+        left, right = right, min(right + math.log(2), highest)
+    while excess(left) <= 0:
         if left == lowest:
             return MIN_NOISE
-        right, f_right = left, f_left
-        left = max(left - math.log(1.5), lowest)
-        f_left = excess(left, COARSE_GRID)
-    # 2. The root on the coarse grid; the line through the ends is also the slope for step 3.
-    while right - left > 1e-4:
-        middle = left + (right - left) * min(max(f_left / (f_left - f_right), 0.02), 0.98)
-        f_middle = excess(middle, COARSE_GRID)
-        slope = (f_right - f_left) / (right - left)
-        if abs(f_middle) < 1e-5:
-            left = right = middle
-        elif f_middle > 0:
-            left, f_left = middle, f_middle
-        else:
-            right, f_right = middle, f_middle
-    # 3. Newton steps on the fine grid, rounded up, until the target is met and met closely.
-    sigma = _rounded_up(math.exp(right))
+        left, right = max(left - math.log(1.5), lowest), left
+    slope = (excess(right) - excess(left)) / (right - left)
+    # 2. The root on the coarse grid. If doubling the grid changes nothing there, a finer one will not either.
+    root: float = brentq(excess, left, right, xtol=1e-6)
+    grid = COARSE_GRID if excess(root, 2 * COARSE_GRID) < _CLOSE else FINE_GRID
+    # 3. Newton steps on that grid, rounded up, until the target is met and met closely.
+    sigma = _rounded_up(math.exp(root))
     for _ in range(8):
-        found = excess(math.log(sigma), FINE_GRID)
-        if found <= 0 and (found > -_CLOSE or sigma == MIN_NOISE):
+        found = excess(math.log(sigma), grid)
+        if -_CLOSE < found <= 0:
             return sigma
-        sigma = _rounded_up(max(math.exp(math.log(sigma) - found / slope), MIN_NOISE))
+        sigma = _rounded_up(math.exp(math.log(sigma) - found / slope))
     # The numbers jitter at the last digits: step up until the target is met.
-    while excess(math.log(sigma), FINE_GRID) > 0:
-        sigma = _rounded_up(sigma * (1 + 1e-4))
+    while excess(math.log(sigma), grid) > 0:
+        sigma = _rounded_up(sigma * (1 + _CLOSE))
     return sigma
 
 
 def _rounded_up(sigma: float) -> float:
     """The next number of five digits."""
     digits = 4 - math.floor(math.log10(sigma))
-    return round(math.ceil(round(sigma * 10**digits, 6)) / 10**digits, max(digits, 0))
+    return float(round(math.ceil(round(sigma * 10**digits, 6)) / 10**digits, max(digits, 0)))
 
 
 _Merged = tuple[tuple[float, float, int], ...]
@@ -194,12 +185,11 @@ def _merged(events: Iterable[GaussianEvent]) -> _Merged:
 def _epsilon(merged: _Merged, delta: float, grid: float) -> float:
     if not merged:
         return 0.0
-    parts = [_composed(q, sigma, count, grid) for q, sigma, count in merged]
+    parts: list[PrivacyLossDistribution] = [_composed(q, sigma, count, grid) for q, sigma, count in merged]
     total = parts[0]
     for part in parts[1:]:
         total = total.compose(part)
-    found: float = total.get_epsilon_for_delta(delta)
-    return found
+    return float(total.get_epsilon_for_delta(delta))
 
 
 def _composed(q: float, sigma: float, count: int, grid: float) -> "PrivacyLossDistribution":

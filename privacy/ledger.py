@@ -109,7 +109,7 @@ class Ledger:
             if after > budget_epsilon * _TOLERANCE:
                 raise BudgetExhausted(
                     f"round {round} would bring ε of data set {dataset} to {after:.3f} in study {study_hash[:12]}, "
-                    f"beyond its budget of {budget_epsilon:g}: end the study here, or agree on one with a larger epsilon"
+                    f"beyond its budget of {budget_epsilon:g}: end the study here, or agree on a larger one"
                 )
             cursor = database.execute(
                 "INSERT INTO spent (study, dataset, round, sample_rate, noise_multiplier, count, delta, reserved_at) "

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contract objects as Flower records, and back: the only place that knows both.
 
-A message is a Flower ``RecordDict`` of at most three records, whose names and keys are listed here in full:
+A message is a Flower ``RecordDict`` of one or two records, whose keys are listed here in full:
 
-    ==========  ============  ===================================================================
-    record      kind          holds
-    ==========  ============  ===================================================================
-    request     ConfigRecord  contract, kind, round, final, study, study-hash, [digest]
-    reply       ConfigRecord  contract, type, site, and the fields of that reply, [digest]
-    layout      ConfigRecord  names, dtypes, shapes of the arrays, in order
-    arrays      ArrayRecord   ``state``: the bytes of all arrays, one after another
-    metrics     ConfigRecord  per metric: mean, low, high (floats); its ``n`` is in ``patients``
-    patients    ConfigRecord  per metric: number of patients
-    ==========  ============  ===================================================================
+    =========  ============  ====================================================================
+    record     kind          holds
+    =========  ============  ====================================================================
+    request    ConfigRecord  contract, kind, round, final, study, study-hash, [model keys]
+    reply      ConfigRecord  contract, type, site, and the fields of that reply, [model keys];
+                             of metrics: metrics (names), values (mean, low, high of each), patients
+    arrays     ArrayRecord   ``state``: the bytes of all arrays of a model, one after another
+    =========  ============  ====================================================================
+
+Model keys: ``names``, ``dtypes`` and ``shapes`` of the arrays, in order, and their ``digest`` (SHA-256).
 
 Parsing fails closed, on both sides: a record, a key or a type that is not expected, a number that is not
 finite, a size beyond the limits below, a study that does not hash to its name or arrays that do not hash to
 their digest raise :class:`ContractViolation`. All arrays travel as *one* Flower array, because Flower moves
-each array as two objects, each with an HTTP request of its own on every hop: a U-Net of 60 arrays would need
-several hundred requests per round, this form needs six.
+each array as two objects, each with an HTTP request of its own on every hop: a U-Net of 60 arrays would cost
+some 120 requests per hop, this form costs six.
 """
 
 import json
@@ -47,7 +47,7 @@ from .errors import ContractViolation, Reason
 from .study import Study
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+    from flwr.app import ArrayRecord, RecordDict
 
 __all__ = ["MESSAGE_TYPES", "Packed", "decode_reply", "decode_request", "encode_reply", "encode_request", "pack"]
 
@@ -72,20 +72,20 @@ _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SHAPE: Final = re.compile(r"([0-9]{1,12}(,[0-9]{1,12}){0,7})?")
 _METRIC: Final = re.compile(r"[A-Za-z][A-Za-z0-9_ :.-]{0,127}")
 
-Packed = tuple["ConfigRecord", "ArrayRecord", str]
-"""Arrays made ready to travel: layout, bytes and digest. One serves the requests to all sites."""
+Packed = tuple[Mapping[str, Any], "ArrayRecord"]
+"""Arrays made ready to travel: model keys and bytes. One serves the requests to all sites."""
 
 
 # -- encoding ------------------------------------------------------------------------------------------------
 
 
 def pack(arrays: Arrays) -> Packed:
-    """Arrays as ``layout`` and ``arrays`` records, with their digest.
+    """Arrays as model keys and ``arrays`` record.
 
     Raises:
         ContractViolation: an array of a kind that does not travel, or too many.
     """
-    from flwr.app import Array, ArrayRecord, ConfigRecord
+    from flwr.app import Array, ArrayRecord
 
     parts = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     for name, part in parts.items():
@@ -97,15 +97,13 @@ def pack(arrays: Arrays) -> Packed:
             f"{len(parts)} arrays of {size} bytes; 1 to {MAX_ARRAYS} of {MAX_STATE_BYTES} may travel"
         )
     data = b"".join(part.reshape(-1).view(np.uint8).data for part in parts.values())
-    layout = ConfigRecord(
-        {
-            "names": list(parts),
-            "dtypes": [part.dtype.name for part in parts.values()],
-            "shapes": [",".join(map(str, arrays[name].shape)) for name in parts],
-        }
-    )
-    record = ArrayRecord({"state": Array("uint8", (size,), _STYPE, data)})
-    return layout, record, digest(arrays)
+    keys = {
+        "names": list(parts),
+        "dtypes": [part.dtype.name for part in parts.values()],
+        "shapes": [",".join(map(str, arrays[name].shape)) for name in parts],
+        "digest": digest(arrays),
+    }
+    return keys, ArrayRecord({"state": Array("uint8", (size,), _STYPE, data)})
 
 
 def encode_request(request: Request, packed: Packed | None = None) -> "RecordDict":
@@ -131,7 +129,8 @@ def encode_request(request: Request, packed: Packed | None = None) -> "RecordDic
     }
     records: dict[str, Any] = {}
     if request.arrays is not None:
-        records["layout"], records["arrays"], values["digest"] = packed or pack(request.arrays)
+        keys, records["arrays"] = packed or pack(request.arrays)
+        values |= keys
     return RecordDict({"request": ConfigRecord(values), **records})
 
 
@@ -152,12 +151,13 @@ def encode_reply(reply: Reply) -> "RecordDict":
         values |= {"type": "train", "round": reply.round, "steps": reply.steps, "seconds": float(reply.seconds)}
         optional = {"loss": reply.loss, "epsilon": reply.epsilon, "noise-multiplier": reply.noise_multiplier}
         values |= {key: float(value) for key, value in optional.items() if value is not None}
-        records["layout"], records["arrays"], values["digest"] = pack(reply.arrays)
+        keys, records["arrays"] = pack(reply.arrays)
+        values |= keys
     elif isinstance(reply, EvaluateReply):
         values |= {"type": "evaluate", "round": reply.round, "seconds": float(reply.seconds)}
-        metrics = reply.metrics.items()
-        records["metrics"] = ConfigRecord({name: [float(e.mean), float(e.low), float(e.high)] for name, e in metrics})
-        records["patients"] = ConfigRecord({name: e.n for name, e in metrics})
+        estimates = reply.metrics.values()
+        values |= {"metrics": list(reply.metrics), "patients": [e.n for e in estimates]}
+        values |= {"values": [float(number) for e in estimates for number in (e.mean, e.low, e.high)]}
     else:
         values |= {"type": "refusal", "kind": reply.kind, "round": reply.round, "reason": reply.reason.value}
     for key, value in values.items():
@@ -185,7 +185,7 @@ def decode_request(content: "RecordDict") -> Request:
     study = Study.from_canonical(study_bytes, fields.match("study-hash", _HASH))
     arrays = _unpack(content, fields) if "digest" in fields else None
     number, final = fields.whole("round"), fields.take("final", bool)
-    fields.close({"request"} | ({"layout", "arrays"} if arrays is not None else set()))
+    fields.close({"request"} if arrays is None else {"request", "arrays"})
     request = Request(kind=kind, study=study, round=number, arrays=arrays, final=final)
     _check_request(request)
     return request
@@ -223,23 +223,22 @@ def _train(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
         epsilon=optional["epsilon"],
         noise_multiplier=optional["noise-multiplier"],
     )
-    fields.close({"reply", "layout", "arrays"})
+    fields.close({"reply", "arrays"})
     return reply
 
 
-def _evaluate(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
-    metrics, patients = _record(content, "metrics"), _record(content, "patients")
-    if list(metrics) != list(patients) or len(metrics) > MAX_ENTRIES:
-        raise ContractViolation("metrics and patients of the reply do not name the same metrics")
+def _evaluate(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+    names, values, patients = fields.many("metrics", str), fields.many("values", float), fields.many("patients", int)
+    if len(set(names)) != len(names) or len(values) != 3 * len(names) or len(patients) != len(names):
+        raise ContractViolation("the reply does not give each metric three numbers and a count of patients")
     estimates: dict[str, Estimate] = {}
-    for name, values in metrics.items():
-        count = patients[name]
-        three = type(values) is list and len(values) == 3 and all(type(v) is float for v in values)
-        if not _METRIC.fullmatch(name) or not three or type(count) is not int:
-            raise ContractViolation(f"metric {_short(name)} is not three numbers over a count of patients")
-        estimates[name] = Estimate(mean=values[0], low=values[1], high=values[2], n=count)
+    for index, name in enumerate(names):
+        if not _METRIC.fullmatch(name) or not all(map(math.isfinite, values[3 * index : 3 * index + 3])):
+            raise ContractViolation(f"metric {_short(name)} has another name or value than a metric may have")
+        mean, low, high = values[3 * index : 3 * index + 3]
+        estimates[name] = Estimate(mean=mean, low=low, high=high, n=patients[index])
     reply = EvaluateReply(site=site, round=fields.whole("round"), metrics=estimates, seconds=fields.number("seconds"))
-    fields.close({"reply", "metrics", "patients"})
+    fields.close({"reply"})
     return reply
 
 
@@ -264,7 +263,7 @@ def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.ge
     from flwr.app import ArrayRecord
 
     expected = fields.match("digest", _HASH)
-    names, dtypes, shapes = _layout(_record(content, "layout"))
+    names, dtypes, shapes = _layout(fields)
     record = content.get("arrays")
     if type(record) is not ArrayRecord or list(record) != ["state"]:
         raise ContractViolation("record arrays of the message does not hold state, and state only")
@@ -289,22 +288,17 @@ def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.ge
     return arrays
 
 
-def _layout(record: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[int, ...]]]:
+def _layout(fields: "_Fields") -> tuple[list[str], list[str], list[tuple[int, ...]]]:
     """Names, dtypes and shapes, checked."""
-    lists = [record.get(key) for key in ("names", "dtypes", "shapes")]
-    if set(record) != {"names", "dtypes", "shapes"} or not all(
-        type(values) is list and all(type(v) is str and len(v) <= MAX_TEXT for v in values) for values in lists
-    ):
-        raise ContractViolation("record layout of the message is not three lists of short texts")
-    names, dtypes, shape_texts = cast(list[list[str]], lists)
-    if not 1 <= len(names) <= MAX_ARRAYS or len(set(names)) != len(names):
-        raise ContractViolation(f"layout names {len(names)} arrays, or one twice; 1 to {MAX_ARRAYS} may travel")
+    names, dtypes, shape_texts = (fields.many(key, str, MAX_ARRAYS) for key in ("names", "dtypes", "shapes"))
+    if not names or len(set(names)) != len(names):
+        raise ContractViolation("the message names no array, or one twice")
     if not len(names) == len(dtypes) == len(shape_texts) or not set(dtypes) <= _DTYPES:
-        raise ContractViolation("layout does not give each array one shape and one known dtype")
+        raise ContractViolation("the message does not give each array one shape and one known dtype")
     shapes = []
     for text in shape_texts:
         if not _SHAPE.fullmatch(text):
-            raise ContractViolation(f"layout holds shape {_short(text)}; whole numbers with commas were agreed")
+            raise ContractViolation(f"the message holds shape {_short(text)}; whole numbers with commas were agreed")
         shapes.append(tuple(int(side) for side in text.split(",") if side))
     return names, dtypes, shapes
 
@@ -366,6 +360,13 @@ class _Fields:
         if type(value) is not kind:
             raise ContractViolation(f"{key} of the message is missing or is not of type {kind.__name__}")
         return value
+
+    def many(self, key: str, kind: type[_T], limit: int = MAX_ENTRIES) -> list[_T]:
+        """A list of values of exactly this type; texts are short."""
+        values: list[Any] = self.take(key, list)
+        if len(values) > limit or not all(type(v) is kind and (kind is not str or len(v) <= MAX_TEXT) for v in values):
+            raise ContractViolation(f"{key} of the message is not a list of at most {limit} values of {kind.__name__}")
+        return values
 
     def whole(self, key: str) -> int:
         """A whole number from 0."""

@@ -79,7 +79,7 @@ class WeightedMean:
         for start in range(0, array.size, BLOCK):
             target = sums[start : start + BLOCK]
             term = self._work[: target.size]
-            np.multiply(array[start : start + BLOCK], weight, out=term)
+            np.multiply(array[start : start + BLOCK], weight, out=term, dtype=np.float64)  # exact: 24 + 29 bits
             term += self._magic
             term -= self._magic
             target += term

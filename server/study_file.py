@@ -90,14 +90,15 @@ def _parse(text: str, places: Places) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         repeated = [(key, lines) for key, lines in places.lines.items() if len(lines) > 1]
-        if repeated:
+        if repeated and re.search("overwrite|twice", str(error)):
             key, lines = min(repeated, key=lambda item: item[1][1])
             message = f"{dotted(key)} is given twice, first in line {lines[0]}; remove one of them"
             raise StudyError(f"{places.file}:{lines[1]}: {message}") from error
         reason = str(error)
         place = _TOML_PLACE.search(reason)
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        shown = text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else "end of the file"
+        lines_of_text = text.split("\n")
+        line = int(place[1]) if place and place[1] else len(lines_of_text)
+        shown = lines_of_text[line - 1].strip() or "end of the file"
         raise StudyError(
             f"{places.file}:{line}: not TOML: {_TOML_PLACE.sub('', reason)}: {short(shown)}; "
             "strings stand in double quotes, lists in brackets, keys below a [section]"
@@ -111,7 +112,7 @@ def _key_lines(text: str) -> dict[KeyPath, list[int]]:
     found: dict[KeyPath, list[int]] = {}
     table: KeyPath = ()
     depth, quote = 0, ""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         rest = line
         if not depth and not quote:
             if header := _HEADER.match(line):

@@ -6,6 +6,7 @@ private model beside the untrained network and beside the model that was trained
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,17 @@ def make_phantoms(out: Path, sites: Mapping[str, int], *, seed: int, workers: in
     wanted = json.dumps({"sites": dict(sites), "seed": seed}, sort_keys=True)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return
+    for name in sites:
+        if stamp.is_file() or not (out / name).exists():
+            shutil.rmtree(out / name, ignore_errors=True)  # ours, of another seed or size
+    stamp.unlink(missing_ok=True)
     task = progress.add_task("phantoms", total=sum(sites.values()))
     write_federation(
         out,
         sites=sites,
         seed=seed,
         workers=workers or default_workers(sum(sites.values()), 1),
-        progress=lambda: progress.advance(task),
+        progress=lambda name, done, total: progress.advance(task),
     )
     stamp.write_text(wanted, encoding="utf-8")
 

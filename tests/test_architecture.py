@@ -28,12 +28,16 @@ MAY_IMPORT = {
 # Flower changes its interfaces monthly, so only these places may know it.
 FLOWER_EDGES = (
     "server/app.py",
+    "server/bundle.py",
     "server/flower_transport.py",
+    "server/runner.py",
     "client/app.py",
     "client/runner.py",
     "client/supernode.py",
+    "privacy/flower_tasks.py",
     "privacy/wire.py",
     "simulations/engines/*.py",
+    "simulations/control.py",
     "simulations/rehearsal.py",
     "simulations/benchmarks/*.py",
 )

@@ -9,7 +9,7 @@ patient-level privacy needs. Voxels that are exactly 0, the background, stay 0 i
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -55,14 +55,14 @@ def augment(
 
 def _standard(image: torch.Tensor, label: torch.Tensor | None, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     move, shade = _transforms(tuple(image.shape[1:]), label is not None)
-    sample = {"image": image}
+    sample: dict[str, Any] = {"image": image}
     if label is not None:
         sample["label"] = label[None].to(torch.float32)
     with _plain_tensors():
-        moved = move.set_random_state(seed)(sample)
+        moved: Any = move.set_random_state(seed)(sample)
         background = moved["image"] == 0
-        shaded = shade.set_random_state(seed)({"image": moved["image"]})["image"]
-    image = shaded.masked_fill(background, 0.0)
+        shaded: Any = shade.set_random_state(seed)({"image": moved["image"]})
+    image = shaded["image"].masked_fill(background, 0.0)
     return image, None if label is None else moved["label"][0].round().to(torch.int64)
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .preprocess import Prepared
 
@@ -28,6 +28,9 @@ MEMORY_LIMIT = 2 * 2**30
 """Bytes of preprocessed scans that one site keeps in memory."""
 
 _LOG = logging.getLogger(__name__)
+_LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 2**16
+"""Ours are a few hundred bytes; a damaged length must not fill the memory."""
 _FAULTS = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 
 
@@ -63,8 +66,10 @@ class ScanCache:
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                return _summary(file.metadata(), tuple(file.get_slice("image").get_shape()[1:]))
+            with path.open("rb") as file:
+                head = file.read(_LENGTH_BYTES)
+                header = json.loads(file.read(_header_bytes(head)))
+                return _summary(header["__metadata__"], tuple(header["image"]["shape"][1:]))
         except _FAULTS:
             return None
 
@@ -74,9 +79,11 @@ class ScanCache:
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                metadata = file.metadata()
+            # Read whole, not mapped: a mapped file that is cut off kills the process, and one that is changed
+            # changes the scan after its check sum was tested.
+            raw = path.read_bytes()
+            tensors = load(raw)
+            metadata = json.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + _header_bytes(raw)])["__metadata__"]
             if _checksum(tensors, metadata["spacing"], metadata["oriented"]) != metadata["sha256"]:
                 raise ValueError("check sum differs")
             summary = _summary(metadata, tuple(tensors["image"].shape[1:]))
@@ -127,6 +134,11 @@ class ScanMemory:
         while self.held > self.limit and len(self._scans) > 1:
             _, gone = self._scans.popitem(last=False)
             self.held -= sum(scan.nbytes for scan in gone)
+
+
+def _header_bytes(head: bytes) -> int:
+    """Length of safetensors' JSON header, which the first eight bytes hold."""
+    return min(int.from_bytes(head[:_LENGTH_BYTES], "little"), MAX_HEADER_BYTES)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -25,10 +26,20 @@ from ...privacy.errors import DataError
 __all__ = ["Volume", "digest_of", "read_volume"]
 
 _NIB: Any = nibabel  # its own annotations are partial
-MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
+_MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metre, millimetre and micrometre
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI2_HEADER_BYTES = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
-_FAULTS = (OSError, EOFError, ValueError, MemoryError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
+_FAULTS = (
+    OSError,
+    EOFError,
+    ValueError,
+    MemoryError,
+    OverflowError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+    OrientationError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +77,10 @@ def read_volume(path: Path) -> Volume:
         raw = gzip.decompress(raw) if raw.startswith(_GZIP_MAGIC) else raw
         kind = _NIB.Nifti2Image if raw[:4] in _NIFTI2_HEADER_BYTES else _NIB.Nifti1Image
         image = kind.from_bytes(raw)
-        unit = image.header.get_xyzt_units()[0]
+        unit = int(image.header["xyzt_units"]) & 0b111  # the other bits are the unit of time
         shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
         _check_layout(path, shape, dtype)
+        _check_affine(path, np.asarray(image.affine, dtype=np.float64))
         need = int(image.dataobj.offset) + dtype.itemsize * int(np.prod(shape, dtype=object))
         if need > len(raw):
             raise EOFError(f"header promises {need} bytes, file holds {len(raw)}")
@@ -95,8 +107,16 @@ def _check_layout(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic
         )
 
 
-def _spacing(affine: NDArray[np.float64], unit: str) -> tuple[float, float, float] | None:
-    sizes = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)) * MM_PER_UNIT.get(unit, np.nan)
+def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
+    if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3):
+        raise DataError(
+            f"{path.name}: the header's affine maps voxels onto a plane or to no place; expected three "
+            "independent axes; correct sform or qform, or export the image again"
+        )
+
+
+def _spacing(affine: NDArray[np.float64], unit: int) -> tuple[float, float, float] | None:
+    sizes = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)) * _MM_PER_UNIT.get(unit, np.nan)
     if not (np.isfinite(sizes).all() and (sizes > 0).all()):
         return None
     x, y, z = (float(s) for s in sizes)

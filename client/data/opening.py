@@ -156,7 +156,7 @@ class _Opening:
                 f"{len(self.filled)} of {total} patients get zeros for a missing modality: {_few(self.filled)}"
             )
         unknown = sum(any(s.spacing is None for s in scans) for scans in self.summaries.values())
-        if unknown:
+        if unknown and self.mask:
             texts.append(
                 f"voxel size unknown for {unknown} of {total} patients (no unit in the header): no distances in mm"
             )

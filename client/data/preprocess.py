@@ -31,6 +31,8 @@ __all__ = ["Prepared", "content_key", "prepare"]
 
 FORMAT = 1
 """Version of what :func:`prepare` makes. Raise it with every change of its result, and old entries are passed over."""
+MAX_VOXELS = 10**9
+"""A resampled scan beyond this is a wrong voxel size in the header, not a scan."""
 PERCENTILES = (1.0, 99.0)
 
 
@@ -119,13 +121,19 @@ def _transform(
                 f"{first.name}: voxel size unknown (the header has no unit); expected mm, to resample to "
                 f"{list(data.spacing)}; correct the header, or run with --set 'data.spacing=[]'"
             )
+        voxels = np.prod([n * was / new for n, was, new in zip(first.data.shape, spacing, data.spacing, strict=True)])
+        if voxels > MAX_VOXELS:
+            raise DataError(
+                f"{first.name}: voxels of {spacing[0]:g}×{spacing[1]:g}×{spacing[2]:g} mm would become {voxels:.0e} of "
+                f"{list(data.spacing)} mm; expected at most {MAX_VOXELS:.0e}; correct the header's voxel size or unit"
+            )
         # World axes of the affine are irrelevant here: a diagonal one of the voxel sizes resamples along RAS+.
         affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
         sample = {key: MetaTensor(torch.as_tensor(value), affine=affine) for key, value in sample.items()}
         x, y, z = data.spacing
         spacing = (x, y, z)
-    sample = _pipeline(data.spacing, data.normalise, mask is not None)(sample)
-    tensors = {key: torch.as_tensor(np.ascontiguousarray(np.asarray(value))) for key, value in sample.items()}
+    result: Any = _pipeline(data.spacing, data.normalise, mask is not None)(sample)
+    tensors = {key: torch.as_tensor(np.ascontiguousarray(np.asarray(value))) for key, value in result.items()}
     label = tensors["mask"][0].to(torch.uint8).contiguous() if mask is not None else None
     return Prepared(tensors["image"].to(torch.float32), label, spacing, first.oriented)
 

@@ -39,7 +39,7 @@ def build(model: ModelSection, in_channels: int, out_channels: int) -> nn.Module
     )
     _keep_patients_apart(network, model)
     if model.dropout:
-        network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(model.dropout))
+        network.add_module("avgpool", nn.Sequential(network.avgpool, nn.Dropout(model.dropout)))
     return network
 
 

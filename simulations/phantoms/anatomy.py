@@ -147,7 +147,7 @@ def _deform(generator: np.random.Generator, grid: Grid, age: float) -> NDArray[n
     """Template coordinates in mm that each voxel shows, shape (3, X, Y, Z): pose, size, shape, sulci, ventricles."""
     axes = grid.axes_mm()
     turn = np.eye(3) + _skew(generator.normal(0, np.deg2rad(3.0), 3))
-    # 0.95: the template's brain is larger than most people's (Allen et al., Neuroinformatics 6 (2008) 107).
+    # 0.95: the template's brain is larger than most people's.
     matrix = (turn / generator.normal(0.95, 0.03, 3)).astype(np.float32)
     shift = generator.normal(0, 2.5, 3)
     where = 3.2 * smooth_field(generator, grid, 65.0, 3) + 1.2 * smooth_field(generator, grid, 16.0, 3)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from fedneuro.privacy.errors import StudyError
 from fedneuro.privacy.study import Study
 from fedneuro.server.study_file import describe, json_schema, load_study, reference_markdown
-from fedneuro.server.study_words import toml_value
+from fedneuro.server.study_words import section_schemas, toml_value
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "simulations" / "studies").glob("*.toml"))
@@ -373,6 +373,53 @@ def test_the_effective_study_is_a_study_file_of_the_same_hash(
     again = load_study(path)
     assert again.hash == study.hash
     assert again == study
+
+
+ANY_VALUE = st.recursive(
+    st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -(10**30), 0.5, -0.0])
+    | st.floats()
+    | st.text(st.characters(codec="utf-8"), max_size=8)
+    | st.dates()
+    | st.times()
+    | st.datetimes(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z]{1,3}", fullmatch=True), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KNOWN_KEYS = [(section, key) for section, keys in section_schemas().items() for key in keys]
+
+
+@settings(max_examples=300)
+@given(
+    keys=st.lists(
+        st.tuples(st.sampled_from(KNOWN_KEYS) | st.tuples(st.text(max_size=3), st.text(max_size=3)), ANY_VALUE),
+        max_size=4,
+        unique_by=lambda item: item[0],
+    ),
+    override=ANY_VALUE,
+)
+def test_whatever_stands_in_a_study_is_a_study_or_one_line_per_fault(
+    keys: list[tuple[tuple[str, str], Any]], override: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No value of TOML, in any key, gives anything but a study or a StudyError with lines that name their place."""
+    lines = ['study.name = "toy"', "training.local_steps = 1"]
+    given_keys = {("study", "name"), ("training", "local_steps")}
+    for (section, key), value in keys:
+        if (section, key) not in given_keys:
+            lines.append(f"{toml_value(section)}.{toml_value(key)} = {toml_value(value)}")
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text("\n".join(lines), encoding="utf-8", newline="")
+    try:
+        study = load_study(path, [f"data.normalise={toml_value(override)}"])
+    except StudyError as error:
+        found = str(error).splitlines()
+        assert found
+        assert [line for line in found if not line.startswith((str(path), "--set "))] == []
+    else:
+        assert load_study(path, [f"data.normalise={toml_value(override)}"]).hash == study.hash
 
 
 def test_describe_names_the_hash_and_every_key_with_its_meaning(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking tasks from Flower's Runtime API: what the hospital's and the coordinator's runner have in common.
+
+Both stand in place of Flower's executor, which starts a new process per task and hands it the coordinator's
+code. The Runtime API is the SuperNode's on the hospital's side and the SuperLink's on the coordinator's; a
+shared secret proves that a runner may take tasks. Flower's own clients end their process by signal when a
+run is stopped or a request is refused; a runner lives longer than a run, so these do not.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+
+from .errors import BadInput
+
+__all__ = ["TaskSource", "heartbeat", "quicken_transfers"]
+
+HEARTBEAT_SECONDS = 10.0
+"""Flower gives a task up after 30 s without a sign of life."""
+
+_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+_log = logging.getLogger("fedneuro.tasks")
+
+
+class TaskSource:
+    """Where tasks of one kind come from.
+
+    Args:
+        address: host:port of the Runtime API.
+        kind: which tasks to take.
+        secret: file of the shared secret, read as raw bytes.
+        root_certificate: PEM file that vouches for the address; None speaks plain HTTP, on this machine only.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        kind: Literal["flwr-clientapp", "flwr-serverapp"],
+        secret: Path,
+        root_certificate: Path | None = None,
+    ) -> None:
+        self.address = address
+        self.root = None if root_certificate is None else root_certificate.read_bytes()
+        self._kind = kind
+        self._secret = secret
+        proof = SuperExecAuthHttpInterceptor(master_secret=secret.read_bytes(), protected_methods=_ACQUIRE)
+        self._client = self._connect("SuperExec", proof)
+
+    def acquire(self) -> str:
+        """Token of a task that waits, or an empty text; also while the Runtime API is not up.
+
+        Raises:
+            BadInput: the Runtime API does not accept the shared secret.
+        """
+        try:
+            response = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                text = f"{self.address} refuses the shared secret in {self._secret}; give both sides the same file"
+                raise BadInput(text) from error
+            _log.warning("%s answers with status %s", self.address, error.response.status_code)
+            return ""
+        except httpx.TransportError:
+            return ""
+        return str(response.token) if response.HasField("task") else ""
+
+    def task_client(self, token: str) -> RuntimeHttpClient:
+        """A client that may read and answer the task of ``token``; the caller closes it."""
+        return self._connect(self._kind, RuntimeTokenHttpInterceptor(token))
+
+    def close(self) -> None:
+        """Release the connection."""
+        self._client.close()
+
+    def _connect(self, component: str, proof: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        version = RuntimeVersionHttpInterceptor(component_name=component)
+        return RuntimeHttpClient.from_server_address(
+            self.address, self.root is None, self.root, interceptors=[version, proof]
+        )
+
+
+def quicken_transfers(first_pause: float = 0.02) -> None:
+    """Look for a part of a message that is still on its way after ``first_pause`` seconds, not after one second.
+
+    A message is announced before its parts are sent, so who looks often always meets such a part. Flower
+    doubles the pause at each look; only where it begins is changed here, in this process.
+    """
+    from flwr.supercore.inflatable import inflatable_utils
+
+    for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        function.__kwdefaults__["initial_backoff"] = first_pause
+
+
+@contextmanager
+def heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
+    """Signs of life while a task lasts."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            try:
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except (httpx.HTTPError, RuntimeError) as error:
+                _log.warning("no heartbeat: %s", error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

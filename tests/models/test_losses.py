@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: each is a mean over images, and equals what its definition says."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedneuro.models.losses import LOSSES, build_loss
+from fedneuro.models.spec import TaskSection
+
+SEGMENTATION = TaskSection(labels=("oedema", "core"))
+CLASSIFICATION = TaskSection(kind="classification", labels=("a", "b", "c"), target="kind")
+CASES = [(name, SEGMENTATION) for name in LOSSES] + [(n, CLASSIFICATION) for n in ("cross_entropy", "focal")]
+
+
+def batch(task: TaskSection) -> tuple[Tensor, Tensor]:
+    """Five unlike images: one without foreground, one all foreground, one with huge logits."""
+    generator = torch.Generator().manual_seed(0)
+    spatial = (6, 7, 4) if task.kind == "segmentation" else ()
+    logits = torch.randn((5, 3, *spatial), generator=generator)
+    logits[4] *= 30
+    labels = torch.randint(3, (5, *spatial), generator=generator)
+    labels[0], labels[1] = 0, 2
+    return logits, labels
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_the_loss_of_a_batch_is_the_mean_over_its_images(name: str, task: TaskSection) -> None:
+    loss = build_loss(name, task)
+    logits, labels = batch(task)
+    alone = torch.stack([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(5)])
+    assert loss(logits, labels).ndim == 0
+    torch.testing.assert_close(loss(logits, labels), alone.mean())
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_the_gradient_of_an_image_ignores_the_others(name: str, task: TaskSection) -> None:
+    loss = build_loss(name, task)
+    logits, labels = batch(task)
+
+    def gradient(others: Tensor) -> Tensor:
+        first = logits[:1].clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss(torch.cat([first, others]), labels), first)
+        return found
+
+    torch.testing.assert_close(gradient(logits[1:]), gradient(100 * logits[1:] - 3))
+
+
+def test_dice_by_hand() -> None:
+    """One image of four voxels, certain logits: the label is 1 in two voxels, the prediction in one of them.
+
+    Dice = 2·1 / (1 + 2) = 2/3, so the loss is 1/3.
+    """
+    labels = torch.tensor([[[1, 1], [0, 0]]])
+    logits = torch.full((1, 2, 2, 2), -50.0)
+    logits[0, 0] = torch.tensor([[-50.0, 50.0], [50.0, 50.0]])
+    logits[0, 1, 0, 0] = 50.0
+    assert build_loss("dice", TaskSection())(logits, labels).item() == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_cross_entropy_and_focal_by_hand() -> None:
+    """Probability 3/4 of the truth: CE = ln(4/3); focal, γ = 2, mean over both classes: (1/4)²·ln(4/3) / 2."""
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    labels = torch.tensor([1])
+    expected = math.log(4 / 3)
+    assert build_loss("cross_entropy", CLASSIFICATION)(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert build_loss("focal", CLASSIFICATION)(logits, labels).item() == pytest.approx(expected / 32, rel=1e-5)
+
+
+def test_dice_ce_is_the_sum_and_equals_monai() -> None:
+    from monai.losses.dice import DiceCELoss
+
+    logits, labels = batch(SEGMENTATION)
+    parts = [build_loss(n, SEGMENTATION)(logits, labels) for n in ("dice", "cross_entropy", "dice_ce")]
+    torch.testing.assert_close(parts[0] + parts[1], parts[2])
+    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    torch.testing.assert_close(parts[2], oracle(logits, labels[:, None]))
+
+
+def test_unsuited_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="is for segmentation"):
+        build_loss("dice", CLASSIFICATION)
+    with pytest.raises(ValueError, match="choose one of dice_ce, dice"):
+        build_loss("tversky", SEGMENTATION)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accounting: published numbers, closed forms, an independent accountant, and calibration that never exceeds."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedneuro.privacy.accounting import COARSE_GRID, MIN_NOISE, GaussianEvent, calibrate, cross_check, epsilon
+from fedneuro.privacy.errors import BadInput
+
+# q, steps, σ, δ, ε (PLD at 1e-4) as measured in the design notes on privacy, §3.
+PUBLISHED = [
+    (0.25, 400, 6.0, 1e-3, 2.545),
+    (0.1, 1000, 2.0, 1e-3, 6.124),
+    (0.016, 6200, 1.0, 1e-5, 8.172),
+    (0.064, 500, 8.0, 1e-4, 0.537),
+    (0.01, 100_000, 2.0, 1e-5, 8.133),
+    (1.0, 100, 20.0, 1e-5, 1.993),
+    (0.01, 10, 10.0, 1e-5, 0.0078),
+]
+
+
+def event(q: float, sigma: float, count: int = 1) -> GaussianEvent:
+    return GaussianEvent(sample_rate=q, noise_multiplier=sigma, count=count)
+
+
+@pytest.mark.parametrize(("q", "steps", "sigma", "delta", "expected"), PUBLISHED)
+def test_published_values(q: float, steps: int, sigma: float, delta: float, expected: float) -> None:
+    assert epsilon([event(q, sigma, steps)], delta) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize(("q", "steps", "sigma", "delta", "expected"), PUBLISHED[:6])
+def test_renyi_accounting_of_opacus_is_above_but_not_far(
+    q: float, steps: int, sigma: float, delta: float, expected: float
+) -> None:
+    renyi = cross_check([event(q, sigma, steps)], delta)
+    assert expected < renyi < 1.2 * expected
+
+
+def exact_gaussian_epsilon(sigma: float, delta: float) -> float:
+    """Balle and Wang 2018, theorem 8: the exact curve of one Gaussian release."""
+
+    def excess(eps: float) -> float:
+        shift = eps * sigma
+        return float(norm.cdf(0.5 / sigma - shift) - math.exp(eps) * norm.cdf(-0.5 / sigma - shift)) - delta
+
+    root: float = brentq(excess, 0, 100, xtol=1e-12)
+    return root
+
+
+@pytest.mark.parametrize(("sigma", "count"), [(1.0, 1), (2.0, 3), (20.0, 100), (50.0, 1000)])
+def test_full_batches_meet_the_exact_value_from_above(sigma: float, count: int) -> None:
+    exact = exact_gaussian_epsilon(sigma / math.sqrt(count), 1e-5)
+    found = epsilon([event(1.0, sigma, count)], 1e-5)
+    assert exact * (1 - 1e-6) <= found <= exact * 1.001
+
+
+def test_events_compose_and_merge() -> None:
+    """Rounds are not added up: 100 rounds of 10 steps are 1000 steps, and order does not matter."""
+    rounds = [event(0.1, 2.0, 10)] * 100
+    assert epsilon(rounds, 1e-3) == epsilon([event(0.1, 2.0, 1000)], 1e-3)
+    assert epsilon(rounds, 1e-3) < 0.2 * sum([epsilon([event(0.1, 2.0, 10)], 1e-3)] * 100)
+    mixed = [event(0.1, 2.0, 50), event(0.2, 4.0, 50)]
+    assert epsilon(mixed, 1e-3) == epsilon(mixed[::-1], 1e-3)
+    assert max(epsilon([e], 1e-3) for e in mixed) < epsilon(mixed, 1e-3) < sum(epsilon([e], 1e-3) for e in mixed)
+    assert cross_check(mixed, 1e-3) > epsilon(mixed, 1e-3)
+
+
+def test_three_phases_as_published() -> None:
+    """The Gaussian (CLT) accountant reads only the last phase here; the truth is the sum of all."""
+    phases = [event(0.25, 6.0, 400), event(0.1, 2.0, 1000)]
+    assert epsilon(phases, 1e-3) > epsilon(phases[1:], 1e-3) * 1.01
+
+
+def test_nothing_costs_nothing() -> None:
+    assert epsilon([], 1e-5) == 0.0
+    assert cross_check([], 1e-5) == 0.0
+
+
+def test_the_coarse_grid_errs_upwards_and_little() -> None:
+    for q, steps, sigma, delta, _ in PUBLISHED[:4]:
+        fine, coarse = (epsilon([event(q, sigma, steps)], delta, grid=g) for g in (1e-4, COARSE_GRID))
+        assert fine <= coarse <= fine * 1.005
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    target=st.floats(0.2, 12),
+    log_delta=st.floats(-6, -3),
+    rate=st.floats(0.05, 1.0),
+    steps=st.integers(1, 300),
+)
+def test_calibrated_noise_never_exceeds_the_target_and_wastes_little(
+    target: float, log_delta: float, rate: float, steps: int
+) -> None:
+    delta = 10**log_delta
+    sigma = calibrate(target, delta, rate, steps)
+    assert epsilon([event(rate, sigma, steps)], delta) <= target
+    assert sigma == MIN_NOISE or epsilon([event(rate, sigma * 0.999, steps)], delta) > target
+
+
+def test_calibration_of_the_usual_studies() -> None:
+    """The σ of the design notes, §5, for 200 patients: δ = 1e-5, 500 steps, expected batch 20."""
+    for target, expected in ((8, 1.6), (3, 3.3), (1, 8.4)):
+        assert calibrate(target, 1e-5, 0.1, 500) == pytest.approx(expected, rel=0.04)
+
+
+def test_calibration_is_quick() -> None:
+    started = time.process_time()
+    calibrate(7.9, 1e-5, 0.25, 203)
+    assert time.process_time() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sample_rate": 0.0}, "sample_rate = 0.0"),
+        ({"sample_rate": 1.5}, "sample_rate = 1.5"),
+        ({"sample_rate": math.nan}, "sample_rate = nan"),
+        ({"noise_multiplier": 0.0}, "noise_multiplier = 0.0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier = -1.0"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier = inf"),
+        ({"count": 0}, "count = 0"),
+    ],
+)
+def test_senseless_events_are_refused(values: dict[str, float], message: str) -> None:
+    good = {"sample_rate": 0.1, "noise_multiplier": 1.0, "count": 1}
+    with pytest.raises(BadInput, match=message):
+        GaussianEvent(**{**good, **values})  # type: ignore[arg-type]
+
+
+def test_senseless_promises_are_refused() -> None:
+    for delta in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(BadInput, match="delta"):
+            epsilon([event(0.1, 1.0)], delta)
+        with pytest.raises(BadInput, match="delta"):
+            calibrate(8, delta, 0.1, 10)
+    for target in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(BadInput, match="epsilon"):
+            calibrate(target, 1e-5, 0.1, 10)
+    with pytest.raises(BadInput, match="count = 0"):
+        calibrate(8, 1e-5, 0.1, 0)
+    with pytest.raises(BadInput, match="raise epsilon or delta"):
+        calibrate(1e-7, 1e-9, 1.0, 10_000)

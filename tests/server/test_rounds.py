@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator over a transport whose sites answer as the test says: joining, quorum, selection, resume."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedneuro.privacy.contract import Estimate, EvaluateReply, HelloReply, Refusal, Reply, Request, Role, TrainReply
+from fedneuro.privacy.errors import QuorumLost, Reason, Refused, StateError, StudyError
+from fedneuro.privacy.study import Study
+from fedneuro.server.events import Event
+from fedneuro.server.results import build_results
+from fedneuro.server.rounds import run_study
+from fedneuro.server.store import RunStore
+
+Answer = Callable[[str, Request], Reply]
+
+
+def study_of(**sections: dict[str, object]) -> Study:
+    values: dict[str, dict[str, object]] = {
+        "study": {"name": "t"},
+        "data": {"patch": [16, 16]},
+        "model": {"channels": [4, 8], "residual_units": 0},
+        "training": {"rounds": 3, "local_steps": 1},
+        "privacy": {"mode": "none"},
+        "evaluation": {"heldout": ["C"], "metrics": ["dice"]},
+    }
+    for name, keys in sections.items():
+        values[name] = {**values.get(name, {}), **keys}
+    return Study.parse(values)
+
+
+def answer(site: str, request: Request, *, score: float = 0.5) -> Reply:
+    """A site that adds its own number to every weight."""
+    if request.kind == "hello":
+        role = Role.HELDOUT if site in request.study.evaluation.heldout else Role.TRAIN
+        return HelloReply(site=site, role=role, public_size=10)
+    if request.kind == "evaluate":
+        estimate = Estimate(mean=score, low=score, high=score, n=3)
+        return EvaluateReply(site=site, round=request.round, metrics={"dice": estimate}, seconds=0)
+    assert request.arrays is not None
+    step = np.float32(1 if site == "A" else 3)
+    return TrainReply(
+        site=site, round=request.round, arrays={k: v + step for k, v in request.arrays.items()}, steps=1, seconds=0, loss=1.0
+    )
+
+
+class Sites:
+    def __init__(self, answer: Answer = answer, names: tuple[str, ...] = ("A", "B", "C")) -> None:
+        self.answer, self.names = answer, names
+        self.asked: list[tuple[str, str, int]] = []
+
+    def sites(self) -> list[str]:
+        return list(self.names)
+
+    def exchange(self, requests: Mapping[str, Request], timeout: float) -> Iterator[Reply]:
+        for site, request in requests.items():
+            self.asked.append((site, request.kind, request.round))
+            yield self.answer(site, request)
+
+
+def run(out: Path, study: Study, sites: Sites, *, resume: bool = False) -> tuple[RunStore, list[Event]]:
+    store = RunStore.resume(out, study, engine="test") if resume else RunStore.create(out, study, engine="test")
+    events: list[Event] = []
+    run_study(study, sites, store, events.append)
+    return store, events
+
+
+def refuse(site: str, reason: Reason, kind: str = "train", since: int = 1, until: int = 99) -> Answer:
+    def reply(name: str, request: Request) -> Reply:
+        if name == site and request.kind == kind and since <= request.round <= until:
+            return Refusal(site=site, kind=request.kind, round=request.round, reason=reason)
+        return answer(name, request)
+
+    return reply
+
+
+def test_mean_of_updates_by_hand(tmp_path: Path) -> None:
+    """Equal public sizes: every round adds (1 + 3) / 2 = 2 to every weight; three rounds add 6."""
+    store, _ = run(tmp_path, study_of(), Sites())
+    first, last = store.groups(2)["model"], store.groups(3)["model"]
+    for name in first:
+        np.testing.assert_allclose(last[name] - first[name], 2, atol=1e-5)
+
+
+def test_heldout_site_is_never_asked_to_train(tmp_path: Path) -> None:
+    sites = Sites()
+    run(tmp_path, study_of(), sites)
+    assert {kind for site, kind, _ in sites.asked if site == "C"} == {"hello", "evaluate"}
+
+
+def test_best_round_is_chosen_on_training_sites_only(tmp_path: Path) -> None:
+    """Training sites are best in round 2, the held-out site in round 3: round 2 is chosen."""
+    scores = {("A", 1): 0.1, ("A", 2): 0.8, ("A", 3): 0.2, ("C", 3): 0.99}
+    sites = Sites(lambda s, r: answer(s, r, score=scores.get((s, r.round), 0.3)))
+    store, _ = run(tmp_path, study_of(), sites)
+    results = build_results(store)
+    assert results["selected_round"] == 2
+    assert results["select"]["value"] == pytest.approx((0.8 + 0.3) / 2)
+    assert results["sites"]["C"]["role"] == "heldout"
+
+
+def test_untrained_model_is_never_chosen(tmp_path: Path) -> None:
+    sites = Sites(lambda s, r: answer(s, r, score=0.9 if r.round == 0 else 0.1))
+    store, _ = run(tmp_path, study_of(), sites)
+    assert build_results(store)["selected_round"] == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_bad_update_is_excluded_and_named(tmp_path: Path, value: float) -> None:
+    def poison(site: str, request: Request) -> Reply:
+        reply = answer(site, request)
+        if isinstance(reply, TrainReply) and site == "B":
+            for array in reply.arrays.values():
+                array.flat[0] = value
+        return reply
+
+    store, events = run(tmp_path, study_of(strategy={"min_sites": 1}), Sites(poison))
+    assert [r.refusals for r in store.rounds()[1:]] == [{"B": "non-finite"}] * 3
+    assert ("B", "non-finite") in {(e.site, e.values["reason"]) for e in events if e.kind == "refused"}
+    assert all(np.isfinite(a).all() for a in store.groups(3)["model"].values())
+
+
+def test_lost_site_ends_the_run_and_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole", study_of(), Sites())
+    with pytest.raises(QuorumLost, match=r"1 of 2 training sites.*round 2.*B: lost"):
+        run(tmp_path / "cut", study_of(), Sites(refuse("B", Reason.LOST, since=2)))
+    store, _ = run(tmp_path / "cut", study_of(), Sites(), resume=True)
+    for name, array in whole.groups(3)["model"].items():
+        assert array.tobytes() == store.groups(3)["model"][name].tobytes()
+
+
+def test_min_sites_goes_on_and_says_since_when(tmp_path: Path) -> None:
+    store, _ = run(tmp_path, study_of(strategy={"min_sites": 1}), Sites(refuse("B", Reason.TIMEOUT, since=2)))
+    assert store.sites()["B"].state == "missing since round 2: timeout"
+    assert store.rounds()[2].refusals == {"B": "timeout"}
+
+
+def test_site_that_comes_back_is_no_longer_missing(tmp_path: Path) -> None:
+    store, _ = run(tmp_path, study_of(strategy={"min_sites": 1}), Sites(refuse("B", Reason.LOST, since=2, until=2)))
+    assert store.sites()["B"].state == "answered"
+
+
+def test_all_refuse_by_policy(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="study-not-approved"):
+        run(tmp_path, study_of(), Sites(refuse("A", Reason.STUDY_NOT_APPROVED, kind="hello", since=0)))
+
+
+def test_unknown_heldout_site(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="heldout names X; the sites are A, B, C"):
+        run(tmp_path, study_of(evaluation={"heldout": ["X"]}), Sites())
+
+
+def test_nobody_left_to_train(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no site is left to train"):
+        run(tmp_path, study_of(evaluation={"heldout": ["A", "B", "C"]}), Sites())
+
+
+def test_reply_to_another_round_is_a_violation(tmp_path: Path) -> None:
+    def stale(site: str, request: Request) -> Reply:
+        reply = answer(site, request)
+        if isinstance(reply, TrainReply) and site == "A":
+            return TrainReply(site="A", round=request.round - 1, arrays=reply.arrays, steps=1, seconds=0)
+        return reply
+
+    with pytest.raises(QuorumLost, match="A: contract-violation"):
+        run(tmp_path, study_of(), Sites(stale))
+
+
+def test_ema_is_what_is_evaluated(tmp_path: Path) -> None:
+    """Warm-up: round 1 keeps 1/10 of the untrained model, so w1 = 0.1·w0 + 0.9·(w0 + 2) = w0 + 1.8."""
+    store, _ = run(tmp_path, study_of(training={"ema": 0.9, "rounds": 1}), Sites())
+    groups, first = store.groups(1), store.groups(0)["model"]
+    for name in first:
+        np.testing.assert_allclose(groups["evaluated"][name] - first[name], 1.8, atol=1e-5)
+
+
+def test_a_finished_run_is_not_overwritten_silently(tmp_path: Path) -> None:
+    run(tmp_path, study_of(), Sites())
+    with pytest.raises(StateError, match="finished run"):
+        RunStore.create(tmp_path, study_of(), engine="test")
+
+
+def test_resume_of_another_study(tmp_path: Path) -> None:
+    run(tmp_path, study_of(), Sites())
+    with pytest.raises(StateError, match="holds a run of study"):
+        RunStore.resume(tmp_path, study_of(study={"seed": 7}), engine="test")
+
+
+def test_changed_round_file_is_seen(tmp_path: Path) -> None:
+    store, _ = run(tmp_path, study_of(), Sites())
+    path = tmp_path / "state" / "round-0003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StateError, match="was changed"):
+        store.groups(3)
+
+
+def test_store_keeps_two_rounds_and_the_selected_one(tmp_path: Path) -> None:
+    best = Sites(lambda s, r: answer(s, r, score=0.9 if r.round == 1 else 0.1))
+    run(tmp_path, study_of(training={"rounds": 6}), best)
+    assert sorted(p.name for p in (tmp_path / "state").glob("*.safetensors")) == [
+        "round-0001.safetensors", "round-0005.safetensors", "round-0006.safetensors",
+    ]  # fmt: skip
