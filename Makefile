@@ -44,7 +44,7 @@ types: .venv/.dev  ## mypy (strict) and pyright
 	$(BIN)/pyright
 
 docs: .venv/.runtime  ## regenerate docs/study-file.md and docs/study.schema.json
-	$(BIN)/python -m fedneuro.server.study_words docs
+	$(BIN)/python -m fedneuro.privacy.study_words docs
 
 clean:  ## remove what make made; studies that you ran in out/ stay
 	rm -rf .venv out/demo build dist fedneuro.egg-info .coverage

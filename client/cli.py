@@ -34,24 +34,23 @@ def run(config: Config) -> None:
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="BIDS folder of the data set.")],
-    study: Annotated[Path, typer.Option("--study", help="Canonical study, as `fedneuro-sim check` hashes it (JSON).")],
+    study: Annotated[Path, typer.Option("--study", help="Study file (TOML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may repeat.")
+    ] = None,
 ) -> None:
     """Check a data set against a study; nothing leaves. Exit code 2 if it may not join."""
-    from ..privacy.errors import BadInput
-    from ..privacy.study import Study
+    from ..privacy.study_file import load_study
     from .data import open_site
 
-    try:
-        canonical = study.read_bytes()
-        loaded = Study.model_validate_json(canonical)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{study}: cannot be read as a canonical study (JSON): {str(error).splitlines()[0]}") from error
+    loaded = load_study(study, overrides or [])
     site = open_site(data, loaded)
     for warning in site.warnings:
         print(f"warning: {warning}")
     for patient, why in site.excluded.items():
         print(f"excluded: {patient}: {why}")
-    print(f"{len(site.patients)} patients fit the study: {len(site.training())} to train, {len(site.validation())} to validate")
+    sides = f"{len(site.training())} to train, {len(site.validation())} to validate"
+    print(f"{len(site.patients)} patients fit the study: {sides}")
 
 
 def main() -> None:

@@ -43,9 +43,7 @@ def evaluate(session: Session, number: int, arrays: Arrays, *, final: bool) -> E
             metrics = _classification(session, final=final)
     least = session.study.evaluation.min_patients
     metrics = {name: estimate for name, estimate in metrics.items() if estimate.n >= least}
-    return EvaluateReply(
-        site=session.settings.name, round=number, metrics=metrics, seconds=time.monotonic() - started
-    )
+    return EvaluateReply(site=session.settings.name, round=number, metrics=metrics, seconds=time.monotonic() - started)
 
 
 def _segmentation(session: Session, *, final: bool) -> dict[str, Estimate]:
@@ -102,9 +100,7 @@ def _classification(session: Session, *, final: bool) -> dict[str, Estimate]:
     }
     found = {}
     for name in study.metric_names:
-        interval = bootstrap(
-            statistics[name], len(t), resamples=study.evaluation.bootstrap, seed=study.study.seed
-        )
+        interval = bootstrap(statistics[name], len(t), resamples=study.evaluation.bootstrap, seed=study.study.seed)
         if interval is not None:
             found[name] = Estimate(mean=interval[0], low=interval[1], high=interval[2], n=len(t))
     return found

@@ -23,7 +23,8 @@ def enter(request: Request, settings: SiteSettings) -> None:
     study, name = request.study, settings.name
     if settings.approved is not None and study.hash not in settings.approved:
         raise Refused(
-            f"site {name}: study {study.hash[:12]} ({study.study.name}) is not approved; add its hash to node.toml to approve it",
+            f"site {name}: study {study.hash[:12]} ({study.study.name}) is not approved; "
+            "to approve it, add its hash to node.toml",
             reason=Reason.STUDY_NOT_APPROVED,
         )
     heldout = name in study.evaluation.heldout
@@ -37,7 +38,9 @@ def enter(request: Request, settings: SiteSettings) -> None:
         raise Refused(f"site {name}: was asked to train, but is held out", reason=Reason.ROLE_REFUSED)
     first, last = (1 if request.kind == "train" else 0), study.training.rounds
     if not first <= request.round <= last:
-        raise ContractViolation(f"site {name}: round {request.round} of {request.kind}; the study has rounds {first} to {last}")
+        raise ContractViolation(
+            f"site {name}: round {request.round} of {request.kind}; the study has rounds {first} to {last}"
+        )
     if study.privacy.mode != "none" and study.privacy.delta >= 1 / settings.public_size:
         raise Refused(
             f"site {name}: privacy.delta = {study.privacy.delta:g} is not below 1 / public cohort size "

@@ -154,8 +154,8 @@ def _check_files(settings: NodeSettings, path: Path) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first fault as one line: where, what was found, what is allowed."""
-    fault = error.errors(include_url=False)[0]
+    """One fault as one line: where, what was found, what is allowed. A misspelt key says more than a missing one."""
+    fault = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         section = fault["loc"][0] if len(fault["loc"]) > 1 else None

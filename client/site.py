@@ -9,7 +9,6 @@ to the site's own log and to ``last-fault.json`` in its state folder; only a rea
 import errno
 import json
 import logging
-import os
 import traceback
 from collections.abc import Callable
 
@@ -47,15 +46,22 @@ class Site:
         except FedNeuroError as error:
             return self._refuse(request, error.reason, error.exit_code, str(error))
         except MemoryError:
-            return self._refuse(request, Reason.ENVIRONMENT, 5, f"site {self.settings.name}: out of memory; use a smaller patch or batch")
+            return self._refuse(
+                request,
+                Reason.ENVIRONMENT,
+                5,
+                f"site {self.settings.name}: out of memory; use a smaller patch or batch",
+            )
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "free space on the disk, then resume" if full else "check the path and its permissions"
-            text = f"site {self.settings.name}: {os.strerror(error.errno) if error.errno else error} ({error.filename or 'file unknown'}); {remedy}"
+            what = f"{error.strerror or error} ({error.filename or 'file unknown'})"
+            text = f"site {self.settings.name}: {what}; {remedy}"
             return self._refuse(request, Reason.ENVIRONMENT, EnvironmentProblem.exit_code, text)
         except Exception as error:
             self._write_log(traceback.format_exc())
-            text = f"site {self.settings.name}: unexpected {type(error).__name__}: {error} (details in {self.settings.state / 'site.log'})"
+            what = f"unexpected {type(error).__name__}: {error}"
+            text = f"site {self.settings.name}: {what} (details in {self.settings.state / 'site.log'})"
             return self._refuse(request, Reason.INTERNAL, 1, text)
         return reply
 
@@ -86,7 +92,13 @@ class Site:
 
     def _refuse(self, request: Request, reason: Reason, exit_code: int, text: str) -> Refusal:
         self._write_log(f"{request.kind} round {request.round}: refused ({reason.value}): {text}")
-        fault = {"reason": reason.value, "exit_code": exit_code, "text": text, "kind": request.kind, "round": request.round}
+        fault = {
+            "reason": reason.value,
+            "exit_code": exit_code,
+            "text": text,
+            "kind": request.kind,
+            "round": request.round,
+        }
         self._quietly(lambda: (self.settings.state / "last-fault.json").write_text(json.dumps(fault), encoding="utf-8"))
         return Refusal(site=self.settings.name, kind=request.kind, round=request.round, reason=reason)
 

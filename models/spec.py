@@ -23,31 +23,29 @@ class Section(BaseModel):
 
 def contradiction(key: str, found: str, allowed: str) -> PydanticCustomError:
     """An error about ``key`` (within the section, or ``section.key``) that only shows beside other keys."""
-    return PydanticCustomError(
-        "contradiction", "{found}; {allowed}", {"key": key, "found": found, "allowed": allowed}
-    )
+    return PydanticCustomError("contradiction", "{found}; {allowed}", {"key": key, "found": found, "allowed": allowed})
 
 
 class TaskSection(Section):
     """What the model predicts."""
 
     kind: Literal["segmentation", "classification"] = Field(
-        "segmentation", description="What is predicted: a label per voxel, or a class per patient."
+        default="segmentation", description="What is predicted: a label per voxel, or a class per patient."
     )
     labels: tuple[Label, ...] = Field(
-        ("lesion",),
+        default=("lesion",),
         min_length=1,
         max_length=32,
         description="Segmentation: names of the mask values 1, 2, … (0 is background). "
         "Classification: names of the classes, as they stand in the target column.",
     )
     mask: str = Field(
-        "label-lesion_mask",
+        default="label-lesion_mask",
         pattern=r"^([a-z]+-[A-Za-z0-9]+_)*(mask|dseg)$",
         description="Segmentation: BIDS name of the mask below derivatives/, entities and suffix.",
     )
     target: str = Field(
-        "",
+        default="",
         pattern=r"^[A-Za-z0-9_]{0,64}$",
         description="Classification: column of participants.tsv that holds the class.",
     )
@@ -73,28 +71,34 @@ class TaskSection(Section):
 class ModelSection(Section):
     """Which network, and how large."""
 
-    name: Literal["unet", "resnet"] = Field("unet", description="unet for segmentation, resnet for classification.")
-    dims: Literal[2, 3] = Field(2, description="2: slices, 3: volumes.")
+    name: Literal["unet", "resnet"] = Field(
+        default="unet", description="unet for segmentation, resnet for classification."
+    )
+    dims: Literal[2, 3] = Field(default=2, description="2: slices, 3: volumes.")
     channels: tuple[Annotated[int, Field(ge=2, le=1024)], ...] = Field(
-        (16, 32, 64, 128),
+        default=(16, 32, 64, 128),
         min_length=2,
         max_length=7,
         description="Feature maps per level, finest first. unet: one down-sampling by 2 between levels; "
         "resnet: exactly four stages.",
     )
-    residual_units: int = Field(2, ge=0, le=6, description="unet: residual units per level; 0 gives plain convolutions.")
-    depth: Literal[10, 18, 34] = Field(10, description="resnet: number of layers.")
+    residual_units: int = Field(
+        default=2, ge=0, le=6, description="unet: residual units per level; 0 gives plain convolutions."
+    )
+    depth: Literal[10, 18, 34] = Field(default=10, description="resnet: number of layers.")
     norm: Literal["instance", "group"] = Field(
-        "instance",
+        default="instance",
         description="Normalisation. Both keep patients apart, as differential privacy needs; "
         "BatchNorm does not, and is not on offer.",
     )
-    dropout: float = Field(0.0, ge=0.0, le=0.8, description="Drop-out probability.")
+    dropout: float = Field(default=0.0, ge=0.0, le=0.8, description="Drop-out probability.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name == "resnet" and len(self.channels) != 4:
-            raise contradiction("channels", f"{len(self.channels)} stages for resnet", "resnet takes four, such as [16, 32, 64, 128]")
+            raise contradiction(
+                "channels", f"{len(self.channels)} stages for resnet", "resnet takes four, such as [16, 32, 64, 128]"
+            )
         if self.norm == "group" and any(c % 4 for c in self.channels):
             raise contradiction("channels", f'{list(self.channels)} with norm = "group"', "use multiples of 4")
         return self

@@ -71,7 +71,9 @@ class Estimate:
 
     def __post_init__(self) -> None:
         if self.n < 1 or not all(map(math.isfinite, (self.mean, self.low, self.high))):
-            raise ContractViolation(f"estimate is not finite or has no patient: {self.mean} [{self.low}, {self.high}] n={self.n}")
+            raise ContractViolation(
+                f"estimate is not finite or has no patient: {self.mean} [{self.low}, {self.high}] n={self.n}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,8 @@ def check_arrays(arrays: Arrays, expected: Shapes) -> None:
     if list(arrays) != list(expected):
         missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise ContractViolation(
-            f"arrays differ from the contract: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected, or another order"
+            f"arrays differ from the contract: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected, "
+            "or another order"
         )
     for name, (shape, dtype) in expected.items():
         array = arrays[name]
@@ -188,7 +191,8 @@ def check_arrays(arrays: Arrays, expected: Shapes) -> None:
         if array.size and array.dtype.kind == "f":
             # min and max are NaN where any element is, so two reductions decide without a temporary copy.
             low, high = float(array.min()), float(array.max())
-            if not (-MAX_ABSOLUTE <= low and high <= MAX_ABSOLUTE):
+            if not (low >= -MAX_ABSOLUTE and high <= MAX_ABSOLUTE):
                 raise ContractViolation(
-                    f"array {name} holds a value that is not finite or beyond ±{MAX_ABSOLUTE:g}", reason=Reason.NON_FINITE
+                    f"array {name} holds a value that is not finite or beyond ±{MAX_ABSOLUTE:g}",
+                    reason=Reason.NON_FINITE,
                 )

@@ -2,7 +2,7 @@
 """The study: what a consortium agrees to learn, typed, ranged and hashed.
 
 The study is the first thing that crosses a hospital's wall, so it belongs to this room: the coordinator
-reads it from a TOML file (:mod:`fedneuro.server.study_file`), every message carries its canonical form, and
+reads it from a TOML file (:mod:`fedneuro.privacy.study_file`), every message carries its canonical form, and
 each node parses and hashes that form again before it looks at anything else. Unknown keys are refused on
 both sides. The *study hash* is the SHA-256 of the canonical form; it is on every message, ledger entry and
 report, so one changed digit is another study.
@@ -39,9 +39,11 @@ class StudySection(Section):
     """Who we are."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="Short name: lower case, digits, hyphens.")
-    description: str = Field("", max_length=2000, description="What the consortium wants to learn, in a sentence.")
+    description: str = Field(
+        default="", max_length=2000, description="What the consortium wants to learn, in a sentence."
+    )
     seed: int = Field(
-        0,
+        default=0,
         ge=0,
         le=2**32 - 1,
         description="Seed of initialisation, crops and augmentation. Never of privacy noise.",
@@ -52,142 +54,175 @@ class DataSection(Section):
     """What a hospital's data set must hold, and how a scan becomes an input."""
 
     modalities: tuple[Annotated[str, Field(pattern=r"^([a-z]+-[A-Za-z0-9]+_)*[A-Za-z0-9]+$")], ...] = Field(
-        ("FLAIR",),
+        default=("FLAIR",),
         min_length=1,
         max_length=8,
         description='Input channels by BIDS suffix and entities, such as "FLAIR", "T1w", "ce-gadolinium_T1w".',
     )
     missing_modality: Literal["refuse", "exclude", "zero"] = Field(
-        "refuse",
+        default="refuse",
         description="A patient who lacks a modality: refuse the data set, exclude the patient (counted and "
         "reported), or feed zeros in that channel.",
     )
     empty_masks: Literal["refuse", "keep"] = Field(
-        "refuse", description="A mask without foreground: a fault, or a patient without the disease."
+        default="refuse", description="A mask without foreground: a fault, or a patient without the disease."
     )
     spacing: tuple[Annotated[float, Field(gt=0, le=20)], ...] = Field(
-        (), description="Resample to this voxel spacing in mm (three numbers). Empty: as acquired."
+        default=(), description="Resample to this voxel spacing in mm (three numbers). Empty: as acquired."
     )
     normalise: Literal["zscore", "percentile", "none"] = Field(
-        "zscore",
+        default="zscore",
         description="Intensities per scan: zero mean and unit variance over non-zero voxels; the 1st to 99th "
         "percentile mapped to 0–1; or as stored.",
     )
     patch: tuple[Annotated[int, Field(ge=8, le=1024)], ...] = Field(
-        (128, 128),
+        default=(128, 128),
         min_length=2,
         max_length=3,
         description="Size in voxels of the crops that are trained on: two numbers for slices, three for volumes. "
         "Smaller images are padded.",
     )
-    slice_axis: Literal["sagittal", "coronal", "axial"] = Field("axial", description="model.dims = 2: the plane of the slices.")
+    slice_axis: Literal["sagittal", "coronal", "axial"] = Field(
+        default="axial", description="model.dims = 2: the plane of the slices."
+    )
     foreground: float = Field(
-        0.5, ge=0.0, le=1.0, description="Share of crops that are centred on (2D: slices that show) a labelled voxel."
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="Share of crops that are centred on (2D: slices that show) a labelled voxel.",
     )
     augment: Literal["none", "light", "standard"] = Field(
-        "light", description="none; light: flips; standard: flips, small affine, gamma, noise. Never mixes patients."
+        default="light",
+        description="none; light: flips; standard: flips, small affine, gamma, noise. Never mixes patients.",
     )
     split_key: str = Field(
-        "fedneuro", min_length=1, max_length=128, description="Key of the hash that assigns patients to sides."
+        default="fedneuro", min_length=1, max_length=128, description="Key of the hash that assigns patients to sides."
     )
 
 
 class TrainingSection(Section):
     """How a hospital trains between two rounds."""
 
-    rounds: int = Field(10, ge=1, le=10_000, description="Rounds of the federation.")
-    local_steps: int = Field(0, ge=0, le=100_000, description="Optimiser steps per round. 0: use local_epochs.")
+    rounds: int = Field(default=10, ge=1, le=10_000, description="Rounds of the federation.")
+    local_steps: int = Field(default=0, ge=0, le=100_000, description="Optimiser steps per round. 0: use local_epochs.")
     local_epochs: int = Field(
-        0, ge=0, le=1000, description="Passes over the training patients per round (one crop each). 0: use local_steps."
+        default=0,
+        ge=0,
+        le=1000,
+        description="Passes over the training patients per round (one crop each). 0: use local_steps.",
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="Crops per step. Not used under privacy (see privacy).")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("adam", description="Local optimiser.")
-    learning_rate: float = Field(1e-3, gt=0, le=100, description="Step size.")
-    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="sgd: momentum.")
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Weight decay.")
+    batch_size: int = Field(
+        default=8, ge=1, le=4096, description="Crops per step. Not used under privacy (see privacy)."
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adam", description="Local optimiser.")
+    learning_rate: float = Field(default=1e-3, gt=0, le=100, description="Step size.")
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="sgd: momentum.")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay.")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="Learning rate over all steps of the study: constant, or cosine to zero."
+        default="constant", description="Learning rate over all steps of the study: constant, or cosine to zero."
     )
     optimizer_state: Literal["keep", "reset"] = Field(
-        "keep", description="A site's optimiser state between rounds: kept at the site, or started anew."
+        default="keep", description="A site's optimiser state between rounds: kept at the site, or started anew."
     )
     loss: Literal["dice_ce", "dice", "cross_entropy", "focal"] = Field(
-        "dice_ce", description="Loss. Dice losses are for segmentation; each is a mean over images."
+        default="dice_ce", description="Loss. Dice losses are for segmentation; each is a mean over images."
     )
     ema: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Decay per round of the averaged global model that is evaluated. 0: none."
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Decay per round of the averaged global model that is evaluated. 0: none.",
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of forward and backward.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Arithmetic of forward and backward."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one.")
     threads: int = Field(
-        1,
+        default=1,
         ge=1,
         le=256,
-        description="CPU threads of one site. Part of the study: the order of summation, and so the bits, depend on it.",
+        description="CPU threads of one site. Part of the study: the order of sums, and so the bits, depend on it.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.local_steps > 0) == (self.local_epochs > 0):
-            found = "both local_steps and local_epochs are set" if self.local_steps else "neither local_steps nor local_epochs is set"
+            found = (
+                "both local_steps and local_epochs are set"
+                if self.local_steps
+                else "neither local_steps nor local_epochs is set"
+            )
             raise contradiction("local_steps", found, "give exactly one of them, at least 1")
         if self.momentum and self.optimizer != "sgd":
-            raise contradiction("momentum", f'momentum with optimizer = "{self.optimizer}"', 'momentum belongs to "sgd"')
+            raise contradiction(
+                "momentum", f'momentum with optimizer = "{self.optimizer}"', 'momentum belongs to "sgd"'
+            )
         return self
 
 
 class StrategySection(Section):
     """How updates become the next global model."""
 
-    name: Literal["fedavg"] = Field("fedavg", description="fedavg: weighted mean of the sites' weights (McMahan 2017).")
+    name: Literal["fedavg"] = Field(
+        default="fedavg", description="fedavg: weighted mean of the sites' weights (McMahan 2017)."
+    )
     weighting: Literal["public_size", "equal"] = Field(
-        "public_size", description="Weight of a site: its declared, rounded cohort size, or one. Never the true count."
+        default="public_size",
+        description="Weight of a site: its declared, rounded cohort size, or one. Never the true count.",
     )
     min_sites: int = Field(
-        0, ge=0, le=10_000, description="Training sites that must answer in a round. 0: all that joined."
+        default=0, ge=0, le=10_000, description="Training sites that must answer in a round. 0: all that joined."
     )
-    round_timeout: float = Field(3600.0, gt=0, le=7 * 86400, description="Seconds to wait for a site in a round.")
+    round_timeout: float = Field(
+        default=3600.0, gt=0, le=7 * 86400, description="Seconds to wait for a site in a round."
+    )
 
 
 class PrivacySection(Section):
     """What is promised to each patient. Unit: the patient. Neighbouring relation: zero-out of one patient."""
 
     mode: Literal["none", "local"] = Field(
-        "local",
+        default="local",
         description="local: each hospital's update is private against everyone, the server included. "
         "none: no promise; a hospital must permit it.",
     )
-    epsilon: float = Field(8.0, gt=0, le=1000, description="Budget of the whole study at each site.")
-    delta: float = Field(1e-5, gt=0, lt=1, description="Probability that the promise fails; below 1 / cohort size.")
+    epsilon: float = Field(default=8.0, gt=0, le=1000, description="Budget of the whole study at each site.")
+    delta: float = Field(
+        default=1e-5, gt=0, lt=1, description="Probability that the promise fails; below 1 / cohort size."
+    )
     sample_rate: float = Field(
-        0.25, gt=0, le=1, description="Probability that a patient takes part in a step (Poisson sampling)."
+        default=0.25, gt=0, le=1, description="Probability that a patient takes part in a step (Poisson sampling)."
     )
     crops_per_patient: int = Field(
-        4, ge=1, le=256, description="Crops over all scans of a patient, averaged before clipping."
+        default=4, ge=1, le=256, description="Crops over all scans of a patient, averaged before clipping."
     )
-    clip: float = Field(1.0, gt=0, le=1e6, description="Bound C on the L2 norm of one patient's gradient.")
+    clip: float = Field(default=1.0, gt=0, le=1e6, description="Bound C on the L2 norm of one patient's gradient.")
 
 
 class EvaluationSection(Section):
     """How the model is judged."""
 
-    heldout: tuple[SiteName, ...] = Field((), description="Sites that never train. All other sites do.")
+    heldout: tuple[SiteName, ...] = Field(default=(), description="Sites that never train. All other sites do.")
     validation_fraction: float = Field(
-        0.2, gt=0, lt=1, description="Share of a training site's patients that are kept for validation."
+        default=0.2, gt=0, lt=1, description="Share of a training site's patients that are kept for validation."
     )
-    every: int = Field(1, ge=0, le=10_000, description="Evaluate after every so many rounds. 0: only at the end.")
-    metrics: tuple[Metric, ...] = Field((), description="Metrics. Empty: all that suit the task.")
+    every: int = Field(
+        default=1, ge=0, le=10_000, description="Evaluate after every so many rounds. 0: only at the end."
+    )
+    metrics: tuple[Metric, ...] = Field(default=(), description="Metrics. Empty: all that suit the task.")
     select: Metric | Literal["", "last"] = Field(
-        "",
+        default="",
         description="Metric on the validation patients of training sites that chooses the round. "
         'Empty: the first metric. "last": the last round. Held-out sites never choose.',
     )
     min_patients: int = Field(
-        1, ge=1, le=1000, description="A site with fewer patients than this returns no metric."
+        default=1, ge=1, le=1000, description="A site with fewer patients than this returns no metric."
     )
-    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples of patients for 95 % intervals.")
-    overlap: float = Field(0.25, ge=0, lt=1, description="model.dims = 3: overlap of the inference windows.")
-    previews: int = Field(3, ge=0, le=50, description="Patients per site whose pictures stay in the site's folder.")
+    bootstrap: int = Field(default=2000, ge=100, le=100_000, description="Resamples of patients for 95 % intervals.")
+    overlap: float = Field(default=0.25, ge=0, lt=1, description="model.dims = 3: overlap of the inference windows.")
+    previews: int = Field(
+        default=3, ge=0, le=50, description="Patients per site whose pictures stay in the site's folder."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -276,9 +311,15 @@ class Study(Section):
         segmentation = task.kind == "segmentation"
         wanted = "unet" if segmentation else "resnet"
         if model.name != wanted:
-            raise contradiction("model.name", f'model.name = "{model.name}" for task.kind = "{task.kind}"', f'use "{wanted}"')
+            raise contradiction(
+                "model.name", f'model.name = "{model.name}" for task.kind = "{task.kind}"', f'use "{wanted}"'
+            )
         if len(data.patch) != model.dims:
-            raise contradiction("data.patch", f"data.patch has {len(data.patch)} numbers while model.dims = {model.dims}", f"give {model.dims}")
+            raise contradiction(
+                "data.patch",
+                f"data.patch has {len(data.patch)} numbers while model.dims = {model.dims}",
+                f"give {model.dims}",
+            )
         if any(side % model.stride for side in data.patch):
             raise contradiction(
                 "data.patch",
@@ -288,14 +329,20 @@ class Study(Section):
         if data.spacing and len(data.spacing) != 3:
             raise contradiction("data.spacing", f"{len(data.spacing)} numbers", "give three numbers in mm, or none")
         if not segmentation and self.training.loss in ("dice", "dice_ce"):
-            raise contradiction("training.loss", f'"{self.training.loss}" for classification', 'use "cross_entropy" or "focal"')
+            raise contradiction(
+                "training.loss", f'"{self.training.loss}" for classification', 'use "cross_entropy" or "focal"'
+            )
         suited = SEGMENTATION_METRICS if segmentation else frozenset({"accuracy", "auroc"})
         for key, names in (("metrics", self.evaluation.metrics), ("select", (self.evaluation.select,))):
             for name in names:
                 if name not in suited | {"", "last"}:
-                    raise contradiction(f"evaluation.{key}", f'"{name}" for {task.kind}', f"use {', '.join(sorted(suited))}")
+                    raise contradiction(
+                        f"evaluation.{key}", f'"{name}" for {task.kind}', f"use {', '.join(sorted(suited))}"
+                    )
         if self.evaluation.select not in ("", "last", *self.metric_names):
-            raise contradiction("evaluation.select", f'"{self.evaluation.select}" is not in evaluation.metrics', "add it there")
+            raise contradiction(
+                "evaluation.select", f'"{self.evaluation.select}" is not in evaluation.metrics', "add it there"
+            )
         if self.privacy.mode != "none" and not self.training.local_steps:
             raise contradiction(
                 "training.local_steps",

@@ -31,17 +31,15 @@ def check(
     ] = None,
 ) -> None:
     """Validate a study and print it in full, every default filled in, with its hash."""
-    from .study_file import describe, load_study
+    from ..privacy.study_file import describe, load_study
 
-    loaded = load_study(study, overrides or [])
-    print(describe(loaded), end="")
-    print(f"\n# study hash: {loaded.hash}")
+    print(describe(load_study(study, overrides or [])), end="")
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the study file, for editors."""
-    from .study_file import json_schema
+    from ..privacy.study_file import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -45,7 +45,9 @@ class RunProgress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
@@ -67,7 +69,10 @@ class RunProgress:
             self._set(event.site, state="evaluated", metrics=values["metrics"])
         elif event.kind == "refused":
             self._set(event.site, state=f"[red]{values['reason']}[/]")
-            self._console.print(f"[yellow]{event.site}: {values['reason']} ({values['during']}, round {event.round})[/]", highlight=False)
+            self._console.print(
+                f"[yellow]{event.site}: {values['reason']} ({values['during']}, round {event.round})[/]",
+                highlight=False,
+            )
         elif event.kind == "round-done":
             self._round_done(event)
         elif event.kind == "final-started":
@@ -79,7 +84,8 @@ class RunProgress:
         self._bar.update(self._task, completed=event.round, left=f"{_minutes(left)} left")
         answered = f"{event.values['sites']} of {event.values['asked']} sites"
         scores = "  ".join(f"{n} {_first_metric(s)}" for n, s in self._sites.items() if s.get("metrics"))
-        self._say(f"  round {event.round}/{self._rounds}  {event.values['seconds']:.1f} s  {answered}  {scores}  {_minutes(left)} left")
+        seconds = event.values["seconds"]
+        self._say(f"  round {event.round}/{self._rounds}  {seconds:.1f} s  {answered}  {scores}  {_minutes(left)} left")
 
     def _set(self, name: str, **values: Any) -> None:
         self._sites.setdefault(name, {"role": "?"}).update(values)

@@ -112,7 +112,11 @@ def write_results(store: RunStore, comparators: Mapping[str, Any] | None = None)
         groups = store.groups(results["selected_round"])
         arrays = groups.get("evaluated", groups["model"])
         results["model_digest"] = digest(arrays)
-        metadata = {"study_hash": store.study.hash, "round": str(results["selected_round"]), "digest": results["model_digest"]}
+        metadata = {
+            "study_hash": store.study.hash,
+            "round": str(results["selected_round"]),
+            "digest": results["model_digest"],
+        }
         save_arrays(store.out / "model.safetensors", arrays, metadata)
     _write(store.out / "results.json", dumps(results))
     return results
@@ -122,5 +126,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-

@@ -94,7 +94,11 @@ class Coordinator:
         self._join()
         record, groups = self._restore()
         first = record.round + 1
-        values = {"sites": {n: s.role for n, s in self._sites.items()}, "rounds": self._study.training.rounds, "first_round": first}
+        values = {
+            "sites": {n: s.role for n, s in self._sites.items()},
+            "rounds": self._study.training.rounds,
+            "first_round": first,
+        }
         self._tell(Event(kind="started", round=record.round, values=values))
         for number in range(first, self._study.training.rounds + 1):
             groups = self._round(number, groups)
@@ -106,7 +110,9 @@ class Coordinator:
         names = self._transport.sites()
         heldout = set(self._study.evaluation.heldout)
         if unknown := sorted(heldout - set(names)):
-            raise StudyError(f"evaluation.heldout names {', '.join(unknown)}; the sites are {', '.join(names) or 'none'}")
+            raise StudyError(
+                f"evaluation.heldout names {', '.join(unknown)}; the sites are {', '.join(names) or 'none'}"
+            )
         if not set(names) - heldout:
             raise StudyError(f"no site is left to train: evaluation.heldout names all of {', '.join(names) or 'none'}")
         refusals: dict[str, Reason] = {}
@@ -135,7 +141,9 @@ class Coordinator:
         if len(answered) >= needed:
             return
         why = "; ".join(f"{site}: {reason.value} ({reason.public_text})" for site, reason in sorted(refusals.items()))
-        message = f"{len(answered)} of {len(asked)} training sites answered when asked {doing}, {needed} are needed: {why}"
+        message = (
+            f"{len(answered)} of {len(asked)} training sites answered when asked {doing}, {needed} are needed: {why}"
+        )
         said_no = {Reason.BUDGET_EXHAUSTED, Reason.POLICY_REFUSED, Reason.STUDY_NOT_APPROVED, Reason.ROLE_REFUSED}
         if refusals and set(refusals.values()) <= said_no:
             raise Refused(message, reason=next(iter(refusals.values())))
@@ -153,7 +161,9 @@ class Coordinator:
         else:
             record = rounds[-1]
             groups = self._store.groups(record.round)
-            self._strategy.load_state({k.removeprefix("strategy."): v for k, v in groups.items() if k.startswith("strategy.")})
+            self._strategy.load_state(
+                {k.removeprefix("strategy."): v for k, v in groups.items() if k.startswith("strategy.")}
+            )
         if not self._store.is_evaluated(record.round):
             self._evaluate(record, groups)
         return record, groups
@@ -237,7 +247,9 @@ class Coordinator:
         groups = self._store.groups(selected)
         by_round = {record.round: record for record in self._store.rounds()}
         metrics = dict(by_round[selected].metrics)  # a site that is lost now keeps what it told in that round
-        for reply in self._ask("evaluate", list(self._sites), selected, groups.get("evaluated", groups["model"]), final=True):
+        for reply in self._ask(
+            "evaluate", list(self._sites), selected, groups.get("evaluated", groups["model"]), final=True
+        ):
             if isinstance(reply, EvaluateReply):
                 metrics[reply.site] = {n: estimate_json(e) for n, e in reply.metrics.items()}
             elif isinstance(reply, Refusal):
@@ -260,7 +272,9 @@ class Coordinator:
                 self._refused(reply)
             elif isinstance(reply, EvaluateReply):
                 means = {name: estimate.mean for name, estimate in reply.metrics.items()}
-                self._tell(Event(kind="evaluated", round=number, site=reply.site, values={"metrics": means, "final": final}))
+                self._tell(
+                    Event(kind="evaluated", round=number, site=reply.site, values={"metrics": means, "final": final})
+                )
             yield reply
 
     def _refused(self, refusal: Refusal) -> None:
@@ -321,4 +335,3 @@ def training_value(record: RoundRecord, metric: str, sites: Mapping[str, SiteRec
         if site.role == Role.TRAIN.value and metric in record.metrics.get(name, {})
     ]
     return sum(w * v for w, v in pairs) / sum(w for w, _ in pairs) if pairs else None
-

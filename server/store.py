@@ -166,11 +166,15 @@ class RunStore:
             with db.connect() as connection:
                 row = connection.execute(sql.select(_run)).one()
         except sql.exc.SQLAlchemyError as error:
-            raise StateError(f"{path}: cannot be read as a run ({type(error).__name__}); start anew with --overwrite") from error
+            raise StateError(
+                f"{path}: cannot be read as a run ({type(error).__name__}); start anew with --overwrite"
+            ) from error
         finally:
             db.dispose()
         if row.schema_version != SCHEMA_VERSION:
-            raise StateError(f"{path}: written by another version of FedNeuro (schema {row.schema_version}, not {SCHEMA_VERSION})")
+            raise StateError(
+                f"{path}: written by another version of FedNeuro (schema {row.schema_version}, not {SCHEMA_VERSION})"
+            )
         return cls(out, Study.from_canonical(row.study, row.study_hash), row.engine)
 
     # -- the run ---------------------------------------------------------------------------------------
@@ -213,7 +217,9 @@ class RunStore:
 
     def save_evaluation(self, record: RoundRecord) -> None:
         """Complete a saved round with its metrics."""
-        self._execute(_rounds.update().where(_rounds.c.round == record.round).values(record=asdict(record), evaluated=True))
+        self._execute(
+            _rounds.update().where(_rounds.c.round == record.round).values(record=asdict(record), evaluated=True)
+        )
 
     def rounds(self) -> list[RoundRecord]:
         """All saved rounds, in order."""
@@ -307,7 +313,8 @@ def _disk(out: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.orig
         text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(cause)
         raise EnvironmentProblem(
-            f"{out}: cannot save the run ({text}); what was saved before is whole: free space or fix the folder, then add --resume"
+            f"{out}: cannot save the run ({text}); what was saved before is whole: "
+            "free space or fix the folder, then add --resume"
         ) from error
 
 

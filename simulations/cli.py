@@ -35,7 +35,9 @@ Set = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in OUT.")]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Worker processes; 0: as many as sites and cores allow.")]
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Worker processes; 0: as many as sites and cores allow.")
+]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of preprocessed scans to share between runs.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
@@ -43,17 +45,15 @@ JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the fig
 @app.command()
 def check(study: StudyFile, overrides: Set = None) -> None:
     """Validate a study and print it in full, every default filled in, with its hash."""
-    from ..server.study_file import describe, load_study
+    from ..privacy.study_file import describe, load_study
 
-    loaded = load_study(study, overrides or [])
-    print(describe(loaded), end="")
-    print(f"\n# study hash: {loaded.hash}")
+    print(describe(load_study(study, overrides or [])), end="")
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the study file, for editors."""
-    from ..server.study_file import json_schema
+    from ..privacy.study_file import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
@@ -73,7 +73,9 @@ def run(
     """Run a study on the sites in a folder and write results.json, report.html and model.safetensors."""
     if engine not in ("inprocess", "ray"):
         raise typer.BadParameter(f'"{engine}": expected inprocess or ray', param_hint="--engine")
-    _simulate(study, sites, out, overrides, engine=engine, workers=workers, resume=resume, overwrite=overwrite, cache=cache)
+    _simulate(
+        study, sites, out, overrides, engine=engine, workers=workers, resume=resume, overwrite=overwrite, cache=cache
+    )
 
 
 @app.command()
@@ -102,8 +104,8 @@ def _simulate(
     overwrite: bool,
     cache: Path | None,
 ) -> None:
+    from ..privacy.study_file import load_study
     from ..server.progress import RunProgress
-    from ..server.study_file import load_study
     from .run import Simulation
 
     loaded = load_study(study, overrides or [])
@@ -119,7 +121,9 @@ def show(results: dict[str, object], out: Path) -> None:
     console = Console()
     sites: dict[str, dict[str, dict[str, dict[str, object]]]] = results["sites"]  # type: ignore[assignment]
     epsilons: dict[str, float] = results["privacy"]["epsilon"]  # type: ignore[index]
-    table = Table(title=f"round {results['selected_round']} of study {str(results['study_hash'])[:12]}", title_justify="left")
+    table = Table(
+        title=f"round {results['selected_round']} of study {str(results['study_hash'])[:12]}", title_justify="left"
+    )
     for column in ("site", "role", "metric", "mean", "95 % interval", "patients", "untrained", "ε"):
         table.add_column(column)
     for name, site in sorted(sites.items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
@@ -148,7 +152,9 @@ def phantoms(
 
     console = Console(stderr=True)
     with Progress(console=console) as progress:
-        make_phantoms(out, {f"hospital-{i + 1}": patients for i in range(sites)}, seed=seed, workers=workers, progress=progress)
+        make_phantoms(
+            out, {f"hospital-{i + 1}": patients for i in range(sites)}, seed=seed, workers=workers, progress=progress
+        )
     print(out)
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..privacy.study import Study
+from ..privacy.study_file import load_study
 from ..server.progress import RunProgress
-from ..server.study_file import load_study
 from .engines.inprocess import default_workers
 from .phantoms import write_federation
 from .run import Simulation
@@ -26,7 +26,13 @@ __all__ = ["DEMO_SITES", "STUDIES", "make_phantoms", "run_demo"]
 STUDIES = Path(__file__).parent / "studies"
 """Folder of the example studies that come with the package."""
 
-DEMO_SITES: Mapping[str, int] = {"hospital-1": 60, "hospital-2": 60, "hospital-3": 60, "hospital-4": 60, "hospital-5": 30}
+DEMO_SITES: Mapping[str, int] = {
+    "hospital-1": 60,
+    "hospital-2": 60,
+    "hospital-3": 60,
+    "hospital-4": 60,
+    "hospital-5": 30,
+}
 """Hospitals of the demonstration and their numbers of patients; ``demo.toml`` holds out the last."""
 
 DEMO_SEED = 1
@@ -48,7 +54,7 @@ def make_phantoms(out: Path, sites: Mapping[str, int], *, seed: int, workers: in
         sites=sites,
         seed=seed,
         workers=workers or default_workers(sum(sites.values()), 1),
-        progress=lambda name, done, total: progress.advance(task),
+        progress=lambda *_: progress.advance(task),
     )
     stamp.write_text(wanted, encoding="utf-8")
 

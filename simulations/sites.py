@@ -37,7 +37,9 @@ def _is_bids(path: Path) -> bool:
     return not path.name.startswith(".") and ((path / "dataset_description.json").is_file() or any(path.glob("sub-*")))
 
 
-def site_settings(study: Study, sites: dict[str, Path], out: Path, *, cache: Path | None = None) -> dict[str, SiteSettings]:
+def site_settings(
+    study: Study, sites: dict[str, Path], out: Path, *, cache: Path | None = None
+) -> dict[str, SiteSettings]:
     """Settings of simulated nodes: roles as the study asks, states below ``out/sites``.
 
     The declared size is the number of patient folders rounded to five, as a hospital would declare it.
@@ -57,7 +59,7 @@ def site_settings(study: Study, sites: dict[str, Path], out: Path, *, cache: Pat
 
 def faults(out: Path) -> list[dict[str, Any]]:
     """What the simulated hospitals wrote down when they last refused, with the text that a real one keeps to itself."""
-    found = []
-    for path in sorted((out / "sites").glob("*/last-fault.json")):
-        found.append({"site": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))})
-    return found
+    return [
+        {"site": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))}
+        for path in sorted((out / "sites").glob("*/last-fault.json"))
+    ]

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from fedneuro.server.study_file import load_study
+from fedneuro.privacy.study_file import load_study
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -34,5 +34,5 @@ def test_the_modules_are_those_on_disk_and_some_have_examples() -> None:
     }
     assert len(module_names()) == len(on_disk)
     finder = doctest.DocTestFinder(exclude_empty=True)
-    module = importlib.import_module("fedneuro.server.study_words")
+    module = importlib.import_module("fedneuro.privacy.study_words")
     assert any(test.examples for test in finder.find(module))

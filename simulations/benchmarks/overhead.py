@@ -38,7 +38,8 @@ def bench_overhead(json_path: Path | None = None, *, repeats: int = REPEATS) -> 
                 runs[arm].append(_run_arm(arm, data, Path(folder) / f"{arm}-{index}"))
         idle = _run_arm("idle", data, Path(folder) / "idle")
     found: dict[str, Any] = {
-        arm: {key: median(run[key] for run in arm_runs) for key in ("seconds", "peak_mb")} for arm, arm_runs in runs.items()
+        arm: {key: median(run[key] for run in arm_runs) for key in ("seconds", "peak_mb")}
+        for arm, arm_runs in runs.items()
     }
     found["wall_ratio"] = found["fedneuro"]["seconds"] / found["plain"]["seconds"]
     found["memory_ratio"] = found["fedneuro"]["peak_mb"] / found["plain"]["peak_mb"]
@@ -70,7 +71,9 @@ def write_job(folder: Path) -> None:
                 scan = nibabel.Nifti1Image(values, np.eye(4))
                 scan.header.set_xyzt_units("mm")
                 nibabel.save(scan, folder / path)
-        (folder / f"site-{client + 1}" / "dataset_description.json").write_text('{"Name": "job", "BIDSVersion": "1.10.0"}')
+        (folder / f"site-{client + 1}" / "dataset_description.json").write_text(
+            '{"Name": "job", "BIDSVersion": "1.10.0"}'
+        )
 
 
 def _run_arm(arm: str, data: Path, out: Path) -> dict[str, float]:
@@ -183,7 +186,7 @@ def idle_arm(data: str, out: str) -> None:
         {
             "study": {"name": "idle"},
             "data": {"patch": [16, 16]},
-            "model": {"channels": [16, 1140], "residual_units": 2},
+            "model": {"channels": [224, 880], "residual_units": 2},
             "training": {"rounds": 30, "local_steps": 1},
             "privacy": {"mode": "none"},
             "evaluation": {"every": 0},
@@ -195,6 +198,7 @@ def idle_arm(data: str, out: str) -> None:
             return [f"site-{i}" for i in range(CLIENTS)]
 
         def exchange(self, requests: Any, timeout: float) -> Any:
+            del timeout
             for name, request in requests.items():
                 if request.kind == "hello":
                     yield HelloReply(site=name, role=Role.TRAIN, public_size=20)

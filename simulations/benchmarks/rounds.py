@@ -9,7 +9,9 @@ import numpy as np
 __all__ = ["write_tiny_site"]
 
 
-def write_tiny_site(folder: Path, *, patients: int = 8, seed: int = 0, shape: tuple[int, int, int] = (16, 16, 4)) -> None:
+def write_tiny_site(
+    folder: Path, *, patients: int = 8, seed: int = 0, shape: tuple[int, int, int] = (16, 16, 4)
+) -> None:
     """Write a BIDS data set of noise with a bright cube as the lesion; every image has ``shape`` voxels of 1 mm."""
     rng = np.random.default_rng(seed)
     for number in range(1, patients + 1):

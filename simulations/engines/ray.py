@@ -34,8 +34,8 @@ WHO_SECONDS = 300.0
 """Patience until all workers have imported torch; half a minute on a busy machine."""
 
 
-class _Interrupted(Exception):  # noqa: N818 - not an error: Ctrl-C, carried out of Flower's thread
-    """The user pressed Ctrl-C."""
+class _Interrupted(Exception):
+    """The user pressed Ctrl-C; carries it out of Flower's thread."""
 
 
 def run_ray(
@@ -77,10 +77,12 @@ def run_ray(
 
     with _quiet(), _ray_folder() as folder, _interrupts(stop):
         try:
-            _simulate(coordinate, [sites[name] for name in names], count, study.training.threads, folder)
+            _simulate(coordinate, [sites[name] for name in names], count, folder)
         except Exception as error:
             if not outcome:
-                raise EnvironmentProblem(f"Ray does not start or ended early: {error}; use --engine inprocess") from error
+                raise EnvironmentProblem(
+                    f"Ray does not start or ended early: {error}; use --engine inprocess"
+                ) from error
         finally:
             _end_ray()
     for error in outcome:
@@ -89,9 +91,7 @@ def run_ray(
         raise error
 
 
-def _simulate(
-    coordinate: Callable[[Any], None], settings: list[SiteSettings], workers: int, threads: int, folder: Path
-) -> None:
+def _simulate(coordinate: Callable[[Any], None], settings: list[SiteSettings], workers: int, folder: Path) -> None:
     """Run Flower's simulation with one node per site."""
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
@@ -110,7 +110,6 @@ def _simulate(
             "include_dashboard": False,
             "log_to_driver": False,
             "logging_level": logging.ERROR,
-            "_node_ip_address": "127.0.0.1",
             "_temp_dir": str(folder),
         },
         # One worker per site that computes; torch's own threads are the study's business.
@@ -120,7 +119,7 @@ def _simulate(
 
 
 def _client_app(settings: list[SiteSettings]) -> Any:
-    """An app whose node ``i`` is site ``i``. Pickled by value to the workers, so it refers to nothing here."""
+    """An app whose node ``i`` is site ``i``; it is pickled to the workers with the settings in it."""
     from flwr.app import ConfigRecord, Context, Message, RecordDict
     from flwr.clientapp import ClientApp
 
@@ -166,12 +165,14 @@ def _who(grid: Any, names: list[str], check: Callable[[], None]) -> dict[str, in
     while len(nodes := list(grid.get_node_ids())) < len(names):
         check()
         time.sleep(0.05)
-    pending = dict(zip(grid.push_messages([Message(RecordDict(), n, WHO, ttl=WHO_SECONDS) for n in nodes]), nodes, strict=True))
+    questions = [Message(RecordDict(), node, WHO, ttl=WHO_SECONDS) for node in nodes]
+    pending = dict(zip(grid.push_messages(questions), nodes, strict=True))
     found: dict[str, int] = {}
     while pending:
         check()
         if time.monotonic() > deadline:
-            raise EnvironmentProblem(f"{len(pending)} Ray workers did not start within {WHO_SECONDS:.0f} s; use --engine inprocess")
+            text = f"{len(pending)} Ray workers did not start within {WHO_SECONDS:.0f} s"
+            raise EnvironmentProblem(f"{text}; use --engine inprocess")
         for message in grid.pull_messages(list(pending)):
             node = pending.pop(message.metadata.reply_to_message_id)
             if message.has_error():
@@ -183,11 +184,15 @@ def _who(grid: Any, names: list[str], check: Callable[[], None]) -> dict[str, in
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No telemetry, no deprecation notes, no INFO lines between ours."""
+    """No telemetry, no deprecation notes, no INFO lines between ours; loopback only."""
     changes = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     changes |= {"RAY_DISABLE_IMPORT_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    # Ray takes the machine's public address even where 127.0.0.1 is asked for, but for this switch.
+    changes["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     before = {key: os.environ.get(key) for key in [*changes, "PYTHONPATH"]}
     os.environ |= changes
+    import flwr.supercore  # noqa: F401 - sets the level of its logger when it is first imported
+
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -55,7 +55,9 @@ def test_close_to_exact_sum(pairs: list[tuple[float, int]]) -> None:
     """math.fsum is exact; the grid may cost 2^-51 of the bound per site."""
     total = sum(w for _, w in pairs)
     exact = math.fsum(v * w for v, w in pairs) / total
-    found = float(_mean([np.array([v], np.float32) for v, _ in pairs], [w for _, w in pairs], tuple(range(len(pairs))))[0])
+    found = float(
+        _mean([np.array([v], np.float32) for v, _ in pairs], [w for _, w in pairs], tuple(range(len(pairs))))[0]
+    )
     assert abs(found - exact) <= abs(np.spacing(np.float32(exact))) + len(pairs) * MAX_ABSOLUTE * 2.0**-50
 
 

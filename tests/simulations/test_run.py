@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tests.bids import FAULTS, make_study, write_site
 from jsonschema import validate
 
 from fedneuro.client.data import Crops, open_site
@@ -25,8 +24,9 @@ from fedneuro.models.networks import build_network
 from fedneuro.models.state import load_arrays, load_saved, to_arrays
 from fedneuro.privacy.errors import DataError, FedNeuroError
 from fedneuro.privacy.study import Study
-from fedneuro.server.study_file import describe
+from fedneuro.privacy.study_file import describe
 from fedneuro.simulations.run import Simulation
+from tests.bids import FAULTS, make_study, write_site
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,10 @@ def test_workers_change_no_bit_and_state_lives_on(tmp_path: Path, sites: Path) -
 
 def test_results_follow_their_schema(tmp_path: Path, sites: Path) -> None:
     results, _ = simulate(small_study(), sites, tmp_path / "out")
-    validate(json.loads((tmp_path / "out/results.json").read_text()), json.loads((ROOT / "docs/results.schema.json").read_text()))
+    validate(
+        json.loads((tmp_path / "out/results.json").read_text()),
+        json.loads((ROOT / "docs/results.schema.json").read_text()),
+    )
     west = results["sites"]["west"]
     assert west["role"] == "heldout" and west["metrics"]["dice"]["n"] == 6
     low, high = west["metrics"]["dice"]["ci95"]
@@ -145,7 +148,9 @@ def test_retried_private_round_is_charged_and_budget_ends_the_run(tmp_path: Path
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("fault", ["mask-shape", "image-nan", "image-4d", "mask-empty", "image-missing", "image-corrupt"])
+@pytest.mark.parametrize(
+    "fault", ["mask-shape", "image-nan", "image-4d", "mask-empty", "image-missing", "image-corrupt"]
+)
 def test_bad_scan_is_named_with_its_remedy(tmp_path: Path, sites: Path, fault: str) -> None:
     FAULTS[fault](sites / "south")
     with pytest.raises(FedNeuroError, match=r"south.*sub-P001") as caught:
@@ -185,11 +190,15 @@ def wait_for_round(out: Path, number: int, process: "subprocess.Popen[str]") -> 
             except FedNeuroError:
                 pass  # the database is being made
         time.sleep(0.02)
-    raise AssertionError(f"round {number} did not begin: {process.communicate() if process.poll() is not None else 'timeout'}")
+    raise AssertionError(
+        f"round {number} did not begin: {process.communicate() if process.poll() is not None else 'timeout'}"
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_leaves_no_process_and_resumes_to_the_same_bits(tmp_path: Path, sites: Path, how: signal.Signals) -> None:
+def test_interrupted_run_leaves_no_process_and_resumes_to_the_same_bits(
+    tmp_path: Path, sites: Path, how: signal.Signals
+) -> None:
     study = small_study(training={"rounds": 4, "local_epochs": 6, "batch_size": 1})
     simulate(study, sites, tmp_path / "whole", workers=1)
     out = tmp_path / "cut"

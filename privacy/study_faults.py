@@ -2,7 +2,7 @@
 """What is wrong with a study, in words: one line per faulty key, with its place and the nearest remedy.
 
 pydantic names the key and the kind of fault; the place comes from the file's own lines or the ``--set`` text,
-and what is allowed from the key's schema (:mod:`fedneuro.server.study_words`).
+and what is allowed from the key's schema (:mod:`fedneuro.privacy.study_words`).
 """
 
 import difflib

@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..privacy.errors import StudyError
-from ..privacy.study import Study
+from .errors import StudyError
+from .study import Study
 from .study_faults import KeyPath, Places, dotted, fault_lines, short
 from .study_words import describe, json_schema, reference_markdown, section_schemas
 

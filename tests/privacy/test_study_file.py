@@ -14,8 +14,8 @@ from hypothesis import given, settings
 
 from fedneuro.privacy.errors import StudyError
 from fedneuro.privacy.study import Study
-from fedneuro.server.study_file import describe, json_schema, load_study, reference_markdown
-from fedneuro.server.study_words import section_schemas, toml_value
+from fedneuro.privacy.study_file import describe, json_schema, load_study, reference_markdown
+from fedneuro.privacy.study_words import section_schemas, toml_value
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "simulations" / "studies").glob("*.toml"))

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exactly one reply per site over Flower's Grid, whatever the nodes answer or do not answer."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedneuro.privacy.contract import EvaluateReply, HelloReply, Refusal, Reply, Request, Role, TrainReply
+from fedneuro.privacy.errors import EnvironmentProblem, Reason
+from fedneuro.privacy.study import Study
+from fedneuro.privacy.wire import decode_request, encode_reply
+from fedneuro.server.flower_transport import FlowerTransport, registered_nodes
+
+STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
+ARRAYS = {"w": np.arange(4, dtype=np.float32)}
+Answer = Callable[[Message, Request], Message | None]
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+
+
+class Nodes:
+    """A Grid whose nodes answer from this process; they see serialised contents only."""
+
+    def __init__(self, answers: dict[str, Answer]) -> None:
+        self.answers = dict(enumerate(answers.values(), start=10))
+        self.nodes = [
+            SimpleNamespace(node_id=number, name=name, status="online") for number, name in enumerate(answers, start=10)
+        ]
+        self.replies: dict[str, Message | None] = {}
+        self.asked: list[list[str]] = []
+
+    def get_nodes(self) -> Iterable[Any]:
+        return self.nodes
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            name = f"m{len(self.replies)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.replies[name] = self.answers[message.metadata.dst_node_id](message, decode_request(message.content))
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.asked.append(list(message_ids))
+        return [reply for name in self.asked[-1] if (reply := self.replies[name]) is not None]
+
+
+def says(make: Callable[[Request], Reply]) -> Answer:
+    return lambda message, request: Message(encode_reply(make(request)), reply_to=message)
+
+
+def fails(code: int, reason: str) -> Answer:
+    return lambda message, _: Message(Error(code, reason), reply_to=message)
+
+
+def trained(site: str, number: int = 1) -> Answer:
+    return says(lambda r: TrainReply(site=site, round=number, arrays=dict(r.arrays or {}), steps=1, seconds=0.1))
+
+
+def exchange(answers: dict[str, Answer], timeout: float = 0.3, kind: Any = "train") -> dict[str, Reply]:
+    grid = Nodes(answers)
+    request = Request(kind=kind, study=STUDY, round=int(kind != "hello"), arrays=None if kind == "hello" else ARRAYS)
+    replies = list(FlowerTransport(grid).exchange(dict.fromkeys([*answers], request), timeout))  # type: ignore[arg-type]
+    assert all(len(ids) == 1 for ids in grid.asked)  # replies are fetched one at a time
+    assert sorted(r.site for r in replies) == sorted(answers)
+    return {reply.site: reply for reply in replies}
+
+
+def test_each_kind_of_reply_arrives() -> None:
+    hello = says(lambda _: HelloReply(site="A", role=Role.TRAIN, public_size=5))
+    assert isinstance(exchange({"A": hello}, kind="hello")["A"], HelloReply)
+    reply = exchange({"A": trained("A"), "B": trained("B")})
+    assert isinstance(reply["A"], TrainReply)
+    assert isinstance(reply["B"], TrainReply)
+    np.testing.assert_array_equal(reply["B"].arrays["w"], ARRAYS["w"])
+    evaluated = says(lambda r: EvaluateReply(site="A", round=r.round, metrics={}, seconds=0.0))
+    assert isinstance(exchange({"A": evaluated}, kind="evaluate")["A"], EvaluateReply)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (fails(5, "Node unavailable"), Reason.LOST),
+        (fails(8, "ClientApp stopped responding."), Reason.LOST),
+        (fails(3, "x"), Reason.LOST),
+        (fails(2, "data-invalid"), Reason.DATA_INVALID),
+        (fails(2, "<class 'KeyError'>:<'patient 17'>"), Reason.INTERNAL),
+        (fails(7, "The FAB could not be verified."), Reason.INTERNAL),
+        (trained("B"), Reason.CONTRACT_VIOLATION),
+        (trained("A", number=2), Reason.CONTRACT_VIOLATION),
+        (lambda m, _: Message(RecordDict({"reply": ConfigRecord({"x": 1})}), reply_to=m), Reason.CONTRACT_VIOLATION),
+        (lambda m, _: Message(RecordDict(), reply_to=m), Reason.CONTRACT_VIOLATION),
+        (lambda _, __: None, Reason.TIMEOUT),
+        (says(lambda r: Refusal(site="A", kind=r.kind, round=r.round, reason=Reason.NON_FINITE)), Reason.NON_FINITE),
+    ],
+)
+def test_whatever_else_comes_is_one_refusal_of_that_site(answer: Answer, reason: Reason) -> None:
+    replies = exchange({"A": answer, "C": trained("C")})
+    assert replies["A"] == Refusal(site="A", kind="train", round=1, reason=reason)
+    assert isinstance(replies["C"], TrainReply)
+
+
+def test_the_deadline_holds() -> None:
+    started = time.monotonic()
+    exchange({"A": lambda _, __: None, "B": lambda _, __: None}, timeout=0.2)
+    assert 0.2 <= time.monotonic() - started < 1.0
+
+
+def test_a_site_that_is_not_online_is_lost_at_once() -> None:
+    grid = Nodes({"A": trained("A"), "B": trained("B")})
+    grid.nodes[1].status = "offline"
+    transport = FlowerTransport(grid)  # type: ignore[arg-type]
+    assert transport.sites() == ["A"]
+    request = Request(kind="train", study=STUDY, round=1, arrays=ARRAYS)
+    started = time.monotonic()
+    replies = {r.site: r for r in transport.exchange({"A": request, "B": request}, 60.0)}
+    assert replies["B"] == Refusal(site="B", kind="train", round=1, reason=Reason.LOST)
+    assert isinstance(replies["A"], TrainReply)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("step", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_superlink_that_is_gone_loses_every_site(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Nodes({"A": trained("A"), "B": trained("B")})
+
+    def gone(*_: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(grid, step, gone)
+    request = Request(kind="train", study=STUDY, round=1, arrays=ARRAYS)
+    replies = list(FlowerTransport(grid).exchange({"A": request, "B": request}, 60.0))  # type: ignore[arg-type]
+    assert [(r.site, r.reason) for r in replies if isinstance(r, Refusal)] == [("A", Reason.LOST), ("B", Reason.LOST)]
+
+
+def test_a_message_that_flower_does_not_take_is_a_lost_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Nodes({"A": trained("A")})
+    monkeypatch.setattr(grid, "push_messages", lambda _: [None])
+    request = Request(kind="train", study=STUDY, round=1, arrays=ARRAYS)
+    (reply,) = FlowerTransport(grid).exchange({"A": request}, 60.0)  # type: ignore[arg-type]
+    assert reply == Refusal(site="A", kind="train", round=1, reason=Reason.LOST)
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    grid = Nodes({"A": trained("A"), "B": trained("B")})
+    grid.nodes[1].name = "A"
+    with pytest.raises(EnvironmentProblem, match="two nodes are registered under the name A"):
+        registered_nodes(grid)  # type: ignore[arg-type]
