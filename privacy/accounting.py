@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import BadInput
 
@@ -148,7 +148,7 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int) -> f
         left, right = max(left - math.log(1.5), lowest), left
     slope = (excess(right) - excess(left)) / (right - left)
     # 2. The root on the coarse grid. If doubling the grid changes nothing there, a finer one will not either.
-    root: float = brentq(excess, left, right, xtol=1e-6)
+    root = cast("float", brentq(excess, left, right, xtol=1e-5))
     grid = COARSE_GRID if excess(root, 2 * COARSE_GRID) < _CLOSE else FINE_GRID
     # 3. Newton steps on that grid, rounded up, until the target is met and met closely.
     sigma = _rounded_up(math.exp(root))

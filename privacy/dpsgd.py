@@ -139,9 +139,9 @@ class PatientGradient:
             return
         self._loss_sum += loss.item()
         self._clipped += norm > self._clip
-        torch._foreach_add_(
-            [v for v, _ in used], [g for _, g in used], alpha=self._clip / max(self._clip, norm * _MARGIN)
-        )
+        scale = self._clip / max(self._clip, norm * _MARGIN)
+        sums, parts = [v for v, _ in used], [g for _, g in used]
+        torch._foreach_add_(sums, parts, alpha=scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def finish(self) -> StepReport:
         """Add the noise, divide by the public number, write ``.grad`` of every trainable parameter.
@@ -185,7 +185,7 @@ def _norm(gradients: list[Tensor]) -> float:
     """L2 norm of all gradients together, in float64."""
     if not gradients:
         return 0.0
-    norms = torch._foreach_norm(gradients, 2, torch.float64)
+    norms = torch._foreach_norm(gradients, 2, torch.float64)  # pyright: ignore[reportPrivateImportUsage]
     return float(torch.linalg.vector_norm(torch.stack(norms)).item())
 
 

@@ -21,6 +21,8 @@ from .errors import EnvironmentProblem, FedNeuroError
 
 __all__ = ["run_command"]
 
+INTERRUPTED = 130
+
 
 def run_command(app: typer.Typer) -> NoReturn:
     """Run a Typer application as the whole process."""
@@ -33,7 +35,7 @@ def run_command(app: typer.Typer) -> NoReturn:
     except click.exceptions.Exit as request:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped; what was saved is whole: the same command with --resume goes on", 130)
+        code = INTERRUPTED
     except FedNeuroError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -44,6 +46,8 @@ def run_command(app: typer.Typer) -> NoReturn:
         _fail(f"{error.strerror or error}{where}", EnvironmentProblem.exit_code)
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error}; this is a bug, please report it with {_report()}", 1)
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into this value
+        _fail("stopped; what was saved is whole: the same command with --resume goes on", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

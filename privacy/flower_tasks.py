@@ -101,7 +101,8 @@ def quicken_transfers(first_pause: float = 0.02) -> None:
     from flwr.supercore.inflatable import inflatable_utils
 
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-        function.__kwdefaults__["initial_backoff"] = first_pause
+        defaults = function.__kwdefaults__ or {}
+        defaults["initial_backoff"] = first_pause
 
 
 @contextmanager

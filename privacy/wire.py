@@ -364,7 +364,8 @@ class _Fields:
     def many(self, key: str, kind: type[_T], limit: int = MAX_ENTRIES) -> list[_T]:
         """A list of values of exactly this type; texts are short."""
         values: list[Any] = self.take(key, list)
-        if len(values) > limit or not all(type(v) is kind and (kind is not str or len(v) <= MAX_TEXT) for v in values):
+        wrong = any(type(v) is not kind or (isinstance(v, str) and len(v) > MAX_TEXT) for v in values)
+        if wrong or len(values) > limit:
             raise ContractViolation(f"{key} of the message is not a list of at most {limit} values of {kind.__name__}")
         return values
 

@@ -3,8 +3,8 @@
 
 Flower sends an app to every node as a bundle (FAB). Ours holds one file that names the objects in the
 installed package; both sides run the wheel that they installed. A hospital's node serves exactly one bundle,
-by hash, and never unpacks it. The bundle is a function of the version of FedNeuro and of Flower alone, so
-a hospital can compute the hash by itself: ``fedneuro-node`` and ``fedneuro-server`` print the same one.
+by hash, and never unpacks it. The bundle is a function of the installed versions of FedNeuro and Flower alone,
+so whoever has the same versions can build it again and compare.
 """
 
 import hashlib

@@ -13,7 +13,9 @@ from typing import Final, Literal
 
 from markupsafe import Markup
 
-__all__ = ["STRONG_COLOURS", "WEAK_COLOURS", "DotRow", "Mark", "Series", "dot_plot", "line_chart"]
+__all__ = ["STRONG_COLOURS", "WEAK_COLOURS", "DotRow", "Mark", "Series", "Shape", "dot_plot", "line_chart"]
+
+Shape = Literal["dot", "diamond", "square", "triangle"]
 
 WEAK_COLOURS: Final = ("#1f5fa8", "#0b7a62", "#7a4fa3", "#806200", "#3a8fbf", "#5b6675")
 STRONG_COLOURS: Final = ("#c8440b", "#a81c62", "#7d2a00")
@@ -21,11 +23,16 @@ STRONG_COLOURS: Final = ("#c8440b", "#a81c62", "#7d2a00")
 WIDTH: Final = 480
 """Units of the view box. Charts scale with the page; at this width text stays readable on a phone."""
 LINE_HEIGHT: Final = 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 104, 14, 38
+LEFT, RIGHT, TOP, BOTTOM = 44, 118, 14, 38
 LABEL_STEP: Final = 14
 MOST_POINTS: Final = 400
 """Longer series are thinned: a page has no more pixels than this."""
 LONGEST_NAME: Final = 15
+OUTLINES: Final = {
+    "diamond": ((0, -6), (6, 0), (0, 6), (-6, 0)),
+    "square": ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)),
+    "triangle": ((0, -6), (5.5, 4.5), (-5.5, 4.5)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,7 @@ class Mark:
     """One value of a row, with its interval where it has one."""
 
     value: float
-    shape: Literal["dot", "diamond", "square"] = "dot"
+    shape: Shape = "dot"
     interval: tuple[float, float] | None = None
     note: str = ""
 
@@ -84,12 +91,13 @@ def line_chart(
     xs = [x for line in series for x, _ in line.points] or [0.0]
     ys = [y for line in series for _, y in line.points] + ([rule[0]] if rule else [])
     low, high = y_range or (min(0.0, *ys, 0.0), max(*ys, 1e-9, 1e-9) * 1.05)
-    x_axis = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    right = WIDTH - (RIGHT if any(line.labelled for line in series) else 18)
+    x_axis = _Scale(min(xs), max(xs), LEFT, right)
     y_axis = _Scale(low, high, LINE_HEIGHT - BOTTOM, TOP)
-    parts = [_grid(x_axis, y_axis, x_title, y_title, LINE_HEIGHT, whole_x=True)]
+    parts = [_grid(x_axis, y_axis, x_title, y_title, LINE_HEIGHT)]
     if marker:
         x = x_axis(marker[0])
-        end = x > (LEFT + WIDTH - RIGHT) / 2
+        end = x > (LEFT + right) / 2
         parts.append(
             Markup('<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
                 x, TOP, LINE_HEIGHT - BOTTOM
@@ -98,9 +106,7 @@ def line_chart(
         parts.append(_text(x + (-4 if end else 4), TOP + 9, marker[1], "end" if end else "start", "note"))
     if rule:
         y = y_axis(rule[0])
-        parts.append(
-            Markup('<line class="marker" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
-        )
+        parts.append(Markup('<line class="marker" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, y, y))
         parts.append(_text(LEFT + 4, y + 12, rule[1], "start", "note"))
     ends: list[tuple[float, Series]] = []
     for line in sorted(series, key=lambda one: one.strong):
@@ -174,17 +180,17 @@ def _ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> li
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(x_axis: _Scale, y_axis: _Scale, x_title: str, y_title: str, height: int, *, whole_x: bool) -> Markup:
+def _grid(x_axis: _Scale, y_axis: _Scale, x_title: str, y_title: str, height: int) -> Markup:
     parts = []
     for tick in _ticks(y_axis.low, y_axis.high):
         y = y_axis(tick)
         parts.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, x_axis.end, y, y)
         )
         parts.append(_text(LEFT - 7, y + 4, f"{tick:g}", "end"))
-    ticks = _ticks(x_axis.low, x_axis.high, whole=whole_x)
+    ticks = _ticks(x_axis.low, x_axis.high, whole=True)
     parts += [_text(x_axis(tick), height - BOTTOM + 16, f"{tick:g}", "middle") for tick in ticks]
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, x_title, "middle", "axis"))
+    parts.append(_text((LEFT + x_axis.end) / 2, height - 5, x_title, "middle", "axis"))
     middle = (TOP + height - BOTTOM) / 2
     parts.append(
         Markup('<text class="axis" text-anchor="middle" transform="translate(11 {:.1f}) rotate(-90)">{}</text>').format(
@@ -255,11 +261,7 @@ def _mark(mark: Mark, x_axis: _Scale, y: float, colour: str) -> list[Markup]:
         shape = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5.5" fill="{}">').format(x, y, colour)
         close = Markup("</circle>")
     else:
-        points = (
-            f"{x},{y - 6} {x + 6},{y} {x},{y + 6} {x - 6},{y}"
-            if mark.shape == "diamond"
-            else f"{x - 4.5},{y - 4.5} {x + 4.5},{y - 4.5} {x + 4.5},{y + 4.5} {x - 4.5},{y + 4.5}"
-        )
+        points = " ".join(f"{x + right:.1f},{y + down:.1f}" for right, down in OUTLINES[mark.shape])
         shape = Markup('<polygon points="{}" fill="#fff" stroke="#39424e" stroke-width="1.6">').format(points)
         close = Markup("</polygon>")
     return [*parts, shape + Markup("<title>{}</title>").format(mark.note) + close]

@@ -5,28 +5,28 @@ Held-out hospitals come first everywhere, and no score stands without what was p
 compared with. What is missing is said, never left out.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from markupsafe import Markup
-
 from ..privacy.errors import Reason
-from .charts import STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, dot_plot, line_chart
+from .report_charts import dot_shapes, dots_chart, metric_curve, train_curve
+from .report_words import (
+    EXPLAINED,
+    Json,
+    curve_metric,
+    duration_text,
+    epsilon_text,
+    interval_text,
+    is_mm,
+    main_metric,
+    metric_keys,
+    metric_name,
+    number,
+    with_interval,
+)
 
 __all__ = ["build_view"]
 
-Json = Mapping[str, Any]
-
-METRIC_NAMES: Final = {"dice": "Dice", "hd95": "HD95", "accuracy": "Accuracy", "auroc": "AUROC"}
-EXPLAINED: Final = {
-    "dice": "Dice: overlap of prediction and truth over a patient's whole volume, 0 to 1, higher is better",
-    "hd95": "HD95: 95th percentile of the distance between the two outlines, in mm, lower is better",
-    "accuracy": "Accuracy: share of patients whose class is right",
-    "auroc": "AUROC: chance that a patient of a class is ranked above one of another class; 0.5 is guessing",
-}
-DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")
-MOST_COLOURED: Final = len(WEAK_COLOURS)
 NOT_REPORTED: Final = "not reported"
 
 
@@ -39,11 +39,12 @@ def build_view(results: Json) -> dict[str, Any]:
     sites: Json = results["sites"]
     heldout = [name for name, site in sites.items() if site["role"] == "heldout"]
     training = [name for name, site in sites.items() if site["role"] != "heldout"]
-    main = _main_metric(results)
+    main = main_metric(results)
     comparators = [_comparator(entry) for entry in results.get("comparators", {}).values()]
     return {
         "results": results,
-        "main": _metric_name(main),
+        "main": metric_name(main),
+        "selected_by": metric_name(results["select"]["metric"]),
         "heldout": heldout,
         "training": training,
         "cards": [_card(results, name, main, comparators) for name in heldout],
@@ -51,73 +52,19 @@ def build_view(results: Json) -> dict[str, Any]:
         "training_scores": _scores(results, training, comparators),
         "comparators": [title for title, _ in comparators],
         "gap": _gap(sites, training, heldout),
-        "dots": _dots(results, [*heldout, *training], main, comparators),
-        "dots_shapes": _shapes(sites, comparators, main),
-        "curve": _metric_curve(results, training, heldout, main),
-        "curve_label": _metric_name(_curve_metric(results, main)),
-        "loss": _train_curve(results, training, "loss", "mean training loss"),
-        "spent": _train_curve(results, training, "epsilon", "ε spent"),
-        "rounds": [_round(record, training, heldout, _curve_metric(results, main)) for record in results["rounds"]],
+        "dots": dots_chart(results, [*heldout, *training], main, comparators),
+        "dots_shapes": dot_shapes(sites, comparators, main),
+        "curve": metric_curve(results, training, heldout, main),
+        "curve_label": metric_name(curve_metric(results, main)),
+        "loss": train_curve(results, training, "loss", "mean training loss"),
+        "spent": train_curve(results, training, "epsilon", "ε spent"),
+        "rounds": [_round(record, training, heldout, curve_metric(results, main)) for record in results["rounds"]],
         "reasons": _reasons(results["rounds"]),
         "privacy": _privacy(results["privacy"], training),
-        "explained": [EXPLAINED[key] for key in EXPLAINED if key in _metric_keys(results)],
+        "explained": [EXPLAINED[key] for key in EXPLAINED if key in metric_keys(results)],
         "study_text": [(section, _toml(values)) for section, values in results["effective_study"].items()],
-        "duration": _duration(results["seconds"]),
+        "duration": duration_text(results["seconds"]),
     }
-
-
-def _metric_name(key: str) -> str:
-    """``dice_anterior`` → "Dice, anterior"."""
-    base, _, label = key.partition("_")
-    return METRIC_NAMES.get(base, base) + (f", {label}" if label else "")
-
-
-def _is_mm(key: str) -> bool:
-    return key.startswith("hd95")
-
-
-def _number(key: str, value: float) -> str:
-    return f"{value:.1f} mm" if _is_mm(key) else f"{value:.2f}"
-
-
-def _with_interval(key: str, estimate: Json | None) -> str:
-    """ "0.61 (0.55–0.67)", or a dash where there is none."""
-    if not estimate:
-        return "–"
-    return f"{_number(key, estimate['mean'])} ({_interval(key, estimate)})"
-
-
-def _interval(key: str, estimate: Json) -> str:
-    low, high = estimate["ci95"]
-    return f"{low:.1f}–{high:.1f}" if _is_mm(key) else f"{low:.2f}–{high:.2f}"
-
-
-def _epsilon(value: float) -> str:
-    """Rounded up: a report never says less than was spent."""
-    return f"{math.ceil(value * 100 - 1e-6) / 100:.2f}"
-
-
-def _metric_keys(results: Json) -> list[str]:
-    """Metrics that the study asks for, then others that sites returned (per label)."""
-    study = results["effective_study"]
-    classification = study.get("task", {}).get("kind") == "classification"
-    wanted = study.get("evaluation", {}).get("metrics") or (
-        ["accuracy", "auroc"] if classification else ["dice", "hd95"]
-    )
-    found = {key for site in results["sites"].values() for key in site["metrics"]}
-    return [*wanted, *sorted(found - set(wanted))]
-
-
-def _main_metric(results: Json) -> str:
-    """The metric of the headline: the selecting one, or the study's first."""
-    selecting, keys = results["select"]["metric"], _metric_keys(results)
-    return selecting if selecting in keys else keys[0]
-
-
-def _curve_metric(results: Json, main: str) -> str:
-    """The headline metric if rounds hold it; costly ones are computed at the end only."""
-    seen = [key for record in results["rounds"] for site in record["metrics"].values() for key in site]
-    return main if main in seen or not seen else seen[0]
 
 
 def _comparator(entry: Json) -> tuple[str, Json]:
@@ -128,14 +75,12 @@ def _price(results: Json, name: str) -> str:
     """What a score cost in privacy: the site's own ε, or for a held-out site the largest of the training sites."""
     privacy = results["privacy"]
     if privacy["mode"] == "none":
-        return "no privacy"
-    spent, role = privacy["epsilon"], results["sites"][name]["role"]
-    own = max(spent.values(), default=None) if role == "heldout" else spent.get(name)
-    return (
-        f"ε = {_epsilon(own)} per {privacy['unit']}, δ = {privacy['delta']:g}"
-        if own is not None
-        else "ε: nothing spent"
-    )
+        return "none"
+    spent, heldout = privacy["epsilon"], results["sites"][name]["role"] == "heldout"
+    cost = max(spent.values(), default=None) if heldout else spent.get(name)
+    if cost is None:
+        return "nothing spent"
+    return f"ε {'≤' if heldout else '='} {epsilon_text(cost)}, δ = {privacy['delta']:g}"
 
 
 def _missing(results: Json, name: str, key: str) -> str:
@@ -144,7 +89,7 @@ def _missing(results: Json, name: str, key: str) -> str:
     if not site["metrics"]:
         state = site.get("state", "answered")
         return f"{NOT_REPORTED}: the hospital returned no metric" if state == "answered" else f"{NOT_REPORTED}: {state}"
-    if _is_mm(key):
+    if is_mm(key):
         if results["status"] != "complete":
             return f"{NOT_REPORTED}: computed at the end of a run"
         return f"{NOT_REPORTED}: voxel size unknown"
@@ -156,19 +101,20 @@ def _scores(results: Json, names: Sequence[str], comparators: Sequence[tuple[str
     rows = []
     for name in names:
         site = results["sites"][name]
-        keys = _metric_keys(results) if site["metrics"] else [_main_metric(results)]
+        keys = metric_keys(results) if site["metrics"] else [main_metric(results)]
+        beside = [other.get(name, {}).get("metrics", {}) for _, other in comparators]
         for position, key in enumerate(keys):
             estimate = site["metrics"].get(key)
             rows.append(
                 {
                     "site": name, "first": position == 0, "span": len(keys), "size": site["public_size"],
-                    "price": _price(results, name), "metric": _metric_name(key),
-                    "score": _number(key, estimate["mean"]) if estimate else "",
-                    "interval": _interval(key, estimate) if estimate else "",
+                    "price": _price(results, name), "metric": metric_name(key),
+                    "score": number(key, estimate["mean"]) if estimate else "",
+                    "interval": interval_text(key, estimate) if estimate else "",
                     "n": estimate["n"] if estimate else "",
                     "missing": "" if estimate else _missing(results, name, key),
-                    "untrained": _with_interval(key, site.get("untrained", {}).get(key)),
-                    "others": [_with_interval(key, other.get(name, {}).get("metrics", {}).get(key)) for _, other in comparators],
+                    "untrained": with_interval(key, site.get("untrained", {}).get(key)),
+                    "others": [with_interval(key, other.get(key)) for other in beside],
                 }
             )  # fmt: skip
     return rows
@@ -182,12 +128,12 @@ def _card(results: Json, name: str, main: str, comparators: Sequence[tuple[str, 
     beside += [(title, other.get(name, {}).get("metrics", {}).get(main)) for title, other in comparators]
     return {
         "site": name,
-        "score": _number(main, estimate["mean"]) if estimate else "–",
-        "interval": _interval(main, estimate) if estimate else "",
+        "score": number(main, estimate["mean"]) if estimate else "–",
+        "interval": interval_text(main, estimate) if estimate else "",
         "n": estimate["n"] if estimate else 0,
         "missing": "" if estimate else _missing(results, name, main),
         "price": _price(results, name),
-        "beside": [(title, _with_interval(main, other)) for title, other in beside],
+        "beside": [(title, with_interval(main, other)) for title, other in beside],
     }
 
 
@@ -205,97 +151,15 @@ def _gap(sites: Json, training: Sequence[str], heldout: Sequence[str]) -> list[d
             continue
         difference = outside - inside
         # For distances more is worse.
-        better = difference < 0 if _is_mm(key) else difference > 0
-        sign = "+" if difference > 0 else "−"
+        better = difference < 0 if is_mm(key) else difference > 0
         rows.append(
             {
-                "metric": _metric_name(key), "training": _number(key, inside), "heldout": _number(key, outside),
-                "difference": sign + _number(key, abs(difference)),
+                "metric": metric_name(key), "training": number(key, inside), "heldout": number(key, outside),
+                "difference": ("+" if difference > 0 else "\N{MINUS SIGN}") + number(key, abs(difference)),
                 "verdict": "better on held-out hospitals" if better else "worse on held-out hospitals",
             }
         )  # fmt: skip
     return rows
-
-
-def _dots(results: Json, names: Sequence[str], main: str, comparators: Sequence[tuple[str, Json]]) -> Markup | None:
-    """The chart of scores per hospital, with what they are compared with; None where there is no score."""
-    rows = []
-    for name in names:
-        site, marks = results["sites"][name], []
-        if main in site["metrics"]:
-            own = site["metrics"][main]
-            marks.append(
-                Mark(value=own["mean"], interval=tuple(own["ci95"]), note=f"{name}: {_with_interval(main, own)}")
-            )
-        if main in site.get("untrained", {}):
-            value = site["untrained"][main]["mean"]
-            marks.append(Mark(value=value, shape="diamond", note=f"{name}, untrained network: {_number(main, value)}"))
-        for title, other in comparators:
-            estimate = other.get(name, {}).get("metrics", {}).get(main)
-            if estimate:
-                note = f"{name}, {title}: {_number(main, estimate['mean'])}"
-                marks.append(Mark(value=estimate["mean"], shape="square", note=note))
-        rows.append(DotRow(name=name, marks=marks, strong=site["role"] == "heldout"))
-    if not any(row.marks for row in rows):
-        return None
-    title = _metric_name(main) + (" in mm" if _is_mm(main) else "")
-    return dot_plot(
-        rows, label=f"{title} of each hospital", x_title=title, x_range=None if _is_mm(main) else (0.0, 1.0)
-    )
-
-
-def _shapes(sites: Json, comparators: Sequence[tuple[str, Json]], main: str) -> list[tuple[str, str]]:
-    """What each shape of the dot chart means, as (character, text)."""
-    shapes = [("●", "this model, bar: 95 % interval")]
-    if any(main in site.get("untrained", {}) for site in sites.values()):
-        shapes.append(("◇", "untrained network"))
-    return shapes + [("□", title) for title, _ in comparators]
-
-
-def _metric_curve(results: Json, training: Sequence[str], heldout: Sequence[str], main: str) -> Markup | None:
-    """The headline metric of each hospital by round; None with fewer than two evaluated rounds."""
-    key = _curve_metric(results, main)
-    series = []
-    for name in [*training, *heldout]:
-        found = [(r["round"], r["metrics"][name][key]) for r in results["rounds"] if key in r["metrics"].get(name, {})]
-        strong = name in heldout
-        look = _look(name, heldout if strong else training, strong=strong)
-        band = [(number, *estimate["ci95"]) for number, estimate in found] if strong else []
-        series.append(Series(name=name, points=[(n, e["mean"]) for n, e in found], band=band, **look))
-    if max((len(line.points) for line in series), default=0) < 2:
-        return None
-    title = _metric_name(key) + (" in mm" if _is_mm(key) else "")
-    marker = (results["selected_round"], f"selected: {results['selected_round']}")
-    y_range = None if _is_mm(key) else (0.0, 1.0)
-    return line_chart(series, label=f"{title} by round", x_title="round", y_title=title, y_range=y_range, marker=marker)
-
-
-def _train_curve(results: Json, training: Sequence[str], key: str, title: str) -> Markup | None:
-    """Loss, or ε spent, of each training hospital by round; None where it is not reported."""
-    series = []
-    for name in training:
-        found = [(r["round"], r["train"].get(name, {}).get(key)) for r in results["rounds"]]
-        points = [(number, value) for number, value in found if value is not None]
-        series.append(Series(name=name, points=points, **_look(name, training, strong=False)))
-    if not any(line.points for line in series):
-        return None
-    budget = results["effective_study"].get("privacy", {}).get("epsilon") if key == "epsilon" else None
-    rule = (float(budget), f"budget {budget:g}") if budget else None
-    return line_chart(series, label=f"{title} by round", x_title="round", y_title=title, rule=rule)
-
-
-def _look(name: str, group: Sequence[str], *, strong: bool) -> dict[str, Any]:
-    """Colour, dash and label of a hospital's line; beyond six training hospitals they share one look."""
-    position = group.index(name)
-    if strong:
-        return {
-            "colour": STRONG_COLOURS[position % len(STRONG_COLOURS)],
-            "strong": True,
-            "labelled": position < MOST_COLOURED,
-        }
-    if len(group) > MOST_COLOURED:
-        return {"colour": WEAK_COLOURS[-1], "labelled": False}
-    return {"colour": WEAK_COLOURS[position], "dash": DASHES[position % len(DASHES)]}
 
 
 def _round(record: Json, training: Sequence[str], heldout: Sequence[str], key: str) -> dict[str, Any]:
@@ -347,7 +211,7 @@ def _privacy(privacy: Json, training: Sequence[str]) -> dict[str, Any]:
     rows = [
         {
             "site": name,
-            "epsilon": _epsilon(spent[name]) if name in spent else "nothing spent",
+            "epsilon": epsilon_text(spent[name]) if name in spent else "nothing spent",
             "sigma": f"{sigma[name]:.3f}" if name in sigma else "–",
         }
         for name in training
@@ -356,7 +220,7 @@ def _privacy(privacy: Json, training: Sequence[str]) -> dict[str, Any]:
 
 
 def _worst(spent: Mapping[str, float]) -> str:
-    return _epsilon(max(spent.values())) if spent else ""
+    return epsilon_text(max(spent.values())) if spent else ""
 
 
 def _toml(values: Json) -> str:
@@ -372,9 +236,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

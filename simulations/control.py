@@ -67,7 +67,7 @@ class Control:
 
         return {node.name for node in self._client.ListNodes(ListNodesRequest()).nodes_info if node.status == "online"}
 
-    def start_run(self, bundle: bytes, settings: Mapping[str, str]) -> int:
+    def start_run(self, bundle: bytes, settings: Mapping[str, str | int]) -> int:
         """Submit a run of ``bundle`` with these settings; returns its id.
 
         Raises:

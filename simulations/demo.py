@@ -7,7 +7,7 @@ private model beside the untrained network and beside the model that was trained
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,24 @@ __all__ = ["DEMO_SITES", "STUDIES", "make_phantoms", "run_demo"]
 STUDIES = Path(__file__).parent / "studies"
 """Folder of the example studies that come with the package."""
 
-DEMO_SITES: Mapping[str, int] = {
-    "hospital-1": 60,
-    "hospital-2": 60,
-    "hospital-3": 60,
-    "hospital-4": 60,
-    "hospital-5": 30,
-}
+DEMO_SITES: Mapping[str, int] = {**{f"hospital-{i}": 120 for i in range(1, 5)}, "hospital-5": 30}
 """Hospitals of the demonstration and their numbers of patients; ``demo.toml`` holds out the last."""
 
 DEMO_SEED = 1
 
 
-def make_phantoms(out: Path, sites: Mapping[str, int], *, seed: int, workers: int, progress: Progress) -> None:
+def make_phantoms(
+    out: Path,
+    sites: Mapping[str, int],
+    *,
+    seed: int,
+    workers: int,
+    progress: Progress,
+    modalities: Sequence[str] = ("FLAIR", "T1w"),
+) -> None:
     """Write synthetic hospitals into ``out``, unless just these are there already."""
     stamp = out / "phantoms.json"
-    wanted = json.dumps({"sites": dict(sites), "seed": seed}, sort_keys=True)
+    wanted = json.dumps({"sites": dict(sites), "seed": seed, "modalities": list(modalities)}, sort_keys=True)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return
     for name in sites:
@@ -53,6 +55,7 @@ def make_phantoms(out: Path, sites: Mapping[str, int], *, seed: int, workers: in
         out,
         sites=sites,
         seed=seed,
+        modalities=modalities,
         workers=workers or default_workers(sum(sites.values()), 1),
         progress=lambda *_: progress.advance(task),
     )
@@ -65,7 +68,14 @@ def run_demo(out: Path, *, workers: int, console: Console) -> dict[str, Any]:
     data = out / "data"
     console.print("1 of 3  synthetic hospitals")
     with Progress(console=console, transient=True) as progress:
-        make_phantoms(data, DEMO_SITES, seed=DEMO_SEED, workers=workers, progress=progress)
+        make_phantoms(
+            data,
+            DEMO_SITES,
+            seed=DEMO_SEED,
+            workers=workers,
+            progress=progress,
+            modalities=study.data.modalities,
+        )
     console.print("2 of 3  the federation without privacy, to compare with")
     open_results = _run(without_privacy(study), data, out / "no-privacy", out / "cache", workers, console)
     console.print(f"3 of 3  the federation under differential privacy, ε ≤ {study.privacy.epsilon:g} for each patient")
@@ -78,7 +88,7 @@ def without_privacy(study: Study) -> Study:
     values = study.model_dump(mode="json")
     values["study"]["name"] += "-no-privacy"
     values["privacy"]["mode"] = "none"
-    values["training"] |= {"optimizer": "adam", "learning_rate": 2e-3, "momentum": 0.0}
+    values["training"] |= {"optimizer": "adam", "learning_rate": 3e-3, "momentum": 0.0, "batch_size": 32}
     return Study.parse(values)
 
 

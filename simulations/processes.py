@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..privacy.errors import EnvironmentProblem
 
@@ -87,7 +88,7 @@ class Processes:
 
     def stop(self, *names: str) -> None:
         """End the named children, or all of them, and wait until they are gone."""
-        chosen = [self._children[name] for name in names or reversed(self._children)]
+        chosen = [self._children[name] for name in names or tuple(reversed(self._children))]
         # From here on Ctrl-C must not leave half of them behind.
         previous = _ignore_interrupts()
         try:
@@ -130,7 +131,7 @@ def ending(code: int) -> str:
         return f"was ended by signal {-code}"
 
 
-def _ignore_interrupts() -> dict[int, object]:
+def _ignore_interrupts() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..client.settings import SiteSettings
 from ..privacy import errors
@@ -38,7 +39,7 @@ START_SECONDS = 180.0
 """Patience until the SuperLink answers, and again until all nodes are online; imports are slow on a busy machine."""
 LOOK_SECONDS = 0.1
 
-_SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
+SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
 
 
 def rehearse(
@@ -133,7 +134,7 @@ class _Rehearsal:
         superlink += ["--disable-runtime-dependency-installation"]
         superlink += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         home = {"FLWR_HOME": str(folder / "home")}
-        self.processes.start("superlink", _SUPERLINK, superlink, home)
+        self.processes.start("superlink", SUPERLINK, superlink, home)
         server = ["--superlink", self.address, "--root-certificate", str(files.authority)]
         server += ["--secret", str(secret), "--bundle", bundle_hash(self.content)]
         self.processes.start("server", "fedneuro.server.runner:main", server, home)
@@ -154,7 +155,7 @@ class _Rehearsal:
 
     def _node_toml(self, node: _Node) -> str:
         settings = node.settings
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             "site": {
                 "name": settings.name,
                 "role": settings.role.value,

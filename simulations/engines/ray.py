@@ -85,10 +85,10 @@ def run_ray(
                 ) from error
         finally:
             _end_ray()
-    for error in outcome:
-        if isinstance(error, _Interrupted):
-            raise KeyboardInterrupt from None
-        raise error
+    if outcome and isinstance(outcome[0], _Interrupted):
+        raise KeyboardInterrupt
+    if outcome:
+        raise outcome[0]
 
 
 def _simulate(coordinate: Callable[[Any], None], settings: list[SiteSettings], workers: int, folder: Path) -> None:

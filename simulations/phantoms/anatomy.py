@@ -206,8 +206,8 @@ def _template() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     step = float(TEMPLATE_STEP)
 
     def signed_mm(mask: NDArray[np.bool_]) -> Volume:
-        away = distance_transform_edt(~mask, sampling=step) - distance_transform_edt(mask, sampling=step)
-        return np.asarray(away, np.float32)
+        outside, inside = (np.asarray(distance_transform_edt(side, sampling=step)) for side in (~mask, mask))
+        return np.asarray(outside - inside, np.float32)
 
     outside_brain = signed_mm(brain)
     # The skull follows the brain's convex outline: grow by 24 mm, shrink by as much (a closing).
@@ -229,7 +229,7 @@ def _filled(tissue: Volume) -> NDArray[np.bool_]:
     from scipy.ndimage import binary_closing, binary_fill_holes
 
     padded = np.pad(tissue > 0.3, 8, mode="edge")
-    closed = binary_closing(padded, iterations=3)
+    closed = np.asarray(binary_closing(padded, iterations=3), np.bool_)
     for plane in range(closed.shape[2]):
         closed[:, :, plane] = binary_fill_holes(closed[:, :, plane])
     return np.asarray(closed[8:-8, 8:-8, 8:-8], np.bool_)

@@ -67,7 +67,7 @@ def brute_force_hd95(mine: NDArray[np.bool_], truth: NDArray[np.bool_], spacing:
         inner = padded.copy()
         for axis in range(mask.ndim):
             inner &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
-        found: NDArray[np.float64] = (np.argwhere(padded & ~inner) - 1) * np.array(spacing)
+        found = (np.argwhere(padded & ~inner) - 1).astype(np.float64) * np.array(spacing, np.float64)
         return found
 
     a, b = surface(mine), surface(truth)

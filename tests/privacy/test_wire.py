@@ -2,6 +2,8 @@
 """Contract objects survive the wire bit for bit, and whatever is changed on the way is refused."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,28 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
-from fedneuro.privacy.contract import Estimate, EvaluateReply, HelloReply, Refusal, Request, Role, TrainReply
+from fedneuro.privacy.contract import (
+    Estimate,
+    EvaluateReply,
+    HelloReply,
+    Kind,
+    Refusal,
+    Reply,
+    Request,
+    Role,
+    TrainReply,
+)
 from fedneuro.privacy.errors import ContractViolation, Reason
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_reply, decode_request, encode_reply, encode_request, pack
 
 STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
-ARRAYS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.count": np.array(3, np.int64)}
+ARRAYS: dict[str, NDArray[Any]] = {
+    "b.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a.count": np.array(3, np.int64),
+}
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
 names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=40)
@@ -80,7 +96,7 @@ def travel(content: RecordDict) -> RecordDict:
     return inflated
 
 
-def same_arrays(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+def same_arrays(left: Mapping[str, NDArray[Any]], right: Mapping[str, NDArray[Any]]) -> bool:
     """Equal names, order, dtypes, shapes and bits; NaN equals the same NaN."""
     return list(left) == list(right) and all(
         a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
@@ -90,7 +106,7 @@ def same_arrays(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bo
 
 @settings(max_examples=80, deadline=None)
 @given(replies)
-def test_a_reply_survives_the_wire(reply) -> None:
+def test_a_reply_survives_the_wire(reply: Reply) -> None:
     back = decode_reply(travel(encode_reply(reply)))
     assert type(back) is type(reply)
     for name in type(reply).__dataclass_fields__:
@@ -100,10 +116,11 @@ def test_a_reply_survives_the_wire(reply) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(arrays_strategy, st.booleans(), rounds, st.sampled_from(["train", "evaluate"]))
-def test_a_request_survives_the_wire(arrays, final, number, kind) -> None:
+def test_a_request_survives_the_wire(arrays: dict[str, NDArray[Any]], final: bool, number: int, kind: Kind) -> None:
     request = Request(kind=kind, study=STUDY, round=number, arrays=arrays, final=final and kind == "evaluate")
     back = decode_request(travel(encode_request(request, pack(arrays))))
-    assert same_arrays(arrays, dict(back.arrays))
+    assert back.arrays is not None
+    assert same_arrays(arrays, back.arrays)
     assert (back.kind, back.round, back.final, back.study) == (kind, number, request.final, STUDY)
 
 
@@ -126,7 +143,7 @@ def test_a_scalar_that_is_not_finite_neither_leaves_nor_enters() -> None:
     with pytest.raises(ContractViolation) as error:
         encode_reply(reply)
     assert error.value.reason is Reason.NON_FINITE
-    content = encode_reply(TrainReply(site="A", round=1, arrays=ARRAYS, steps=1, seconds=1.0, loss=0.5))
+    content: Any = encode_reply(TrainReply(site="A", round=1, arrays=ARRAYS, steps=1, seconds=1.0, loss=0.5))
     content["reply"]["loss"] = math.inf
     with pytest.raises(ContractViolation) as error:
         decode_reply(content)
@@ -157,7 +174,7 @@ def refusal_content() -> RecordDict:
     return travel(encode_reply(Refusal(site="A", kind="train", round=1, reason=Reason.DATA_INVALID)))
 
 
-CONTENTS = {
+CONTENTS: dict[str, tuple[Callable[[], Any], Callable[[RecordDict], Any]]] = {
     "request": (request_content, decode_request),
     "train": (train_content, decode_reply),
     "evaluate": (evaluate_content, decode_reply),
@@ -259,7 +276,7 @@ def test_every_key_is_needed_typed_and_the_only_one(name: str) -> None:
         ("refusal", "reply", "kind", "delete"),
     ],
 )
-def test_a_changed_value_is_refused(name: str, record: str, key: str, value) -> None:
+def test_a_changed_value_is_refused(name: str, record: str, key: str, value: Any) -> None:
     make, decode = CONTENTS[name]
     content = make()
     content[record][key] = value
@@ -270,7 +287,7 @@ def test_a_changed_value_is_refused(name: str, record: str, key: str, value) -> 
 
 @pytest.mark.parametrize("change", ["flip", "short", "long", "stype", "dtype", "shape", "second", "numpy"])
 def test_changed_array_bytes_are_refused(change: str) -> None:
-    content = request_content()
+    content: Any = request_content()
     state = content["arrays"]["state"]
     data, dtype, shape, stype = state.data, state.dtype, state.shape, state.stype
     if change == "flip":
@@ -296,7 +313,7 @@ def test_changed_array_bytes_are_refused(change: str) -> None:
 
 
 def test_a_study_with_another_digit_is_another_study() -> None:
-    content = request_content()
+    content: Any = request_content()
     other = Study.parse({"study": {"name": "toy", "seed": 1}, "training": {"local_steps": 1}})
     content["request"]["study"] = other.canonical
     with pytest.raises(ContractViolation, match="hash"):
@@ -304,7 +321,7 @@ def test_a_study_with_another_digit_is_another_study() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.zeros(2, np.complex64), np.array(["a"]), np.zeros(2, ">f4")])
-def test_an_array_of_another_kind_does_not_travel(bad: np.ndarray) -> None:
+def test_an_array_of_another_kind_does_not_travel(bad: NDArray[Any]) -> None:
     with pytest.raises(ContractViolation, match="dtype"):
         pack({"w": bad})
 
@@ -318,4 +335,4 @@ def test_a_decoded_array_shares_nothing_that_can_be_written() -> None:
     request = decode_request(request_content())
     assert request.arrays is not None
     with pytest.raises(ValueError, match="read-only"):
-        request.arrays["b.weight"][0, 0] = 1  # type: ignore[index]
+        request.arrays["b.weight"][0, 0] = 1

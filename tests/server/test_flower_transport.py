@@ -27,7 +27,8 @@ Answer = Callable[[Message, Request], Message | None]
 def _identity() -> Iterator[None]:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     yield
-    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+    for name in ("_task_id", "_run_id", "_node_id"):
+        setattr(TaskIdentity, name, None)
 
 
 class Nodes:

@@ -44,7 +44,7 @@ def small_study(**sections: Any) -> Study:
         **{
             "study": {"name": "small", "seed": 3},
             "training": {"rounds": 3, "local_epochs": 1, "batch_size": 2},
-            "evaluation": {"heldout": ["west"], "bootstrap": 100, "validation_fraction": 0.3},
+            "evaluation": {"heldout": ["west"], "bootstrap": 100, "validation_fraction": 0.4},
             "data": {"patch": [16, 16], "augment": "light"},
             **sections,
         }
@@ -112,12 +112,13 @@ def test_results_follow_their_schema(tmp_path: Path, sites: Path) -> None:
     assert low <= west["metrics"]["dice"]["mean"] <= high
     assert results["privacy"]["mode"] == "none" and results["privacy"]["epsilon"] == {}
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64") == 9  # three patients at each of three sites
+    shown = [min(3, site["metrics"]["dice"]["n"]) for site in results["sites"].values() if site["metrics"]]
+    assert page.count("data:image/png;base64") == sum(shown) >= 3
 
 
 def test_private_run_reports_epsilon_and_never_repeats_its_noise(tmp_path: Path, sites: Path) -> None:
     study = small_study(
-        training={"rounds": 2, "local_steps": 2, "optimizer": "sgd", "learning_rate": 0.1},
+        training={"rounds": 2, "local_steps": 2, "local_epochs": 0, "optimizer": "sgd", "learning_rate": 0.1},
         privacy={"mode": "local", "epsilon": 4.0, "delta": 1e-2, "sample_rate": 0.5, "crops_per_patient": 2},
     )
     first, bits = simulate(study, sites, tmp_path / "a", workers=1)
@@ -132,7 +133,7 @@ def test_private_run_reports_epsilon_and_never_repeats_its_noise(tmp_path: Path,
 def test_retried_private_round_is_charged_and_budget_ends_the_run(tmp_path: Path, sites: Path) -> None:
     """A ledger that already holds the study's whole ε refuses the round; the exit code says refusal."""
     study = small_study(
-        training={"rounds": 2, "local_steps": 2, "optimizer": "sgd", "learning_rate": 0.1},
+        training={"rounds": 2, "local_steps": 2, "local_epochs": 0, "optimizer": "sgd", "learning_rate": 0.1},
         privacy={"mode": "local", "epsilon": 4.0, "delta": 1e-2, "sample_rate": 0.5, "crops_per_patient": 2},
     )
     simulate(study, sites, tmp_path / "out", workers=1)
@@ -159,7 +160,8 @@ def test_bad_scan_is_named_with_its_remedy(tmp_path: Path, sites: Path, fault: s
 
 
 def test_no_patients(tmp_path: Path, sites: Path) -> None:
-    write_site(sites / "empty", patients=0)
+    (sites / "empty").mkdir()
+    (sites / "empty/dataset_description.json").write_text('{"Name": "empty", "BIDSVersion": "1.10.0"}')
     with pytest.raises(FedNeuroError, match="empty") as caught:
         simulate(small_study(), sites, tmp_path / "out", workers=1)
     assert caught.value.exit_code == 2

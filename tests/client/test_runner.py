@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hospital's runner against Flower's real Runtime API, and the parts of Flower that our edges lean on."""
+
+import ast
+import inspect
+import json
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal
+from flwr.supernode.main import create_app
+from flwr.supernode.nodestate import NodeStateFactory
+
+from fedneuro.client import supernode
+from fedneuro.client.node_settings import NodeSettings, load_node_settings
+from fedneuro.client.runner import Runner
+from fedneuro.client.site import Site
+from fedneuro.privacy.contract import HelloReply, Refusal, Reply, Request, Role
+from fedneuro.privacy.errors import BadInput, Reason
+from fedneuro.privacy.flower_tasks import quicken_transfers
+from fedneuro.privacy.study import Study
+from fedneuro.privacy.wire import decode_reply, encode_request
+from fedneuro.server.bundle import bundle, bundle_hash
+
+STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
+BUNDLE = bundle()
+HELLO = Request(kind="hello", study=STUDY)
+
+
+class Ward(Site):
+    """A site whose work is one function."""
+
+    def __init__(self, settings: NodeSettings, work: Callable[[Request], Reply]) -> None:
+        super().__init__(settings.site_settings())
+        self.work = work
+        self.asked: list[Request] = []
+
+    def handle(self, request: Request) -> Reply:
+        self.asked.append(request)
+        return self.work(request)
+
+
+class SuperNode:
+    """A real SuperNode without its SuperLink: messages are put in and taken out here."""
+
+    def __init__(self, port: int, secret: bytes) -> None:
+        self.factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
+        config = uvicorn.Config(create_app(self.factory, secret), host="127.0.0.1", port=port, log_level="error")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.state, self.store = self.factory.state(), self.factory.objectstore_factory.store()
+        self.state.set_node_id(7)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+    def receive(self, content: RecordDict, kind: str, fab: bytes = BUNDLE) -> None:
+        """Take a message in as the SuperNode's main loop does."""
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, 1
+        message = Message(content, 7, kind, group_id="0")
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
+        run = replace(Run.create_empty(5), fab_id="fedneuro/fedneuro", fab_hash=bundle_hash(fab), series_id=3)
+        taken = start_client_internal._pull_and_store_message(
+            state=self.state,
+            object_store=self.store,
+            node_config={},
+            receive=lambda: (message, get_object_tree(message)),
+            get_run=lambda _: run,
+            get_fab=lambda digest, _: Fab(digest, fab, {}),
+            pull_object=lambda _, key: objects[key],
+            confirm_message_received=lambda _, __: None,
+            trusted_entities=None,
+        )
+        assert taken == 5
+
+    def reply(self) -> Message | None:
+        """The reply that the main loop would send on, with its content."""
+        replies = self.state.get_messages_legacy(is_reply=True)
+        if not replies:
+            return None
+        tree = self.store.get_object_tree(replies[0].metadata.message_id)
+        keys = [node.object_id for node in iterate_object_tree(tree)]
+        contents = {key: value for key in keys if (value := self.store.get(key))}
+        if len(contents) < len(set(keys)):
+            return None
+        full = inflatable_utils.inflate_object_from_contents(tree.object_id, contents)
+        assert isinstance(full, Message)
+        return full
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> NodeSettings:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "bids").mkdir()
+    for name in ("ca.crt", "node.key", "runner.secret"):
+        (tmp_path / name).write_bytes(secrets.token_bytes(32))
+        (tmp_path / name).chmod(0o600)
+    parts: dict[str, dict[str, object]] = {
+        "site": {"name": "A", "role": "train", "public_size": 5, "data": "bids", "state": "state"},
+        "study": {"approved": [STUDY.hash]},
+        "superlink": {"address": "127.0.0.1:1", "root_certificate": "ca.crt", "key": "node.key"},
+        "runner": {"port": port, "secret": "runner.secret", "bundle": bundle_hash(BUNDLE)},
+    }
+    text = "\n".join(
+        f"[{p}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in part.items()) for p, part in parts.items()
+    )
+    (tmp_path / "node.toml").write_text(text)
+    return load_node_settings(tmp_path / "node.toml")
+
+
+@pytest.fixture
+def node(settings: NodeSettings) -> Iterator[SuperNode]:
+    node = SuperNode(settings.runner.port, Path(settings.runner.secret).read_bytes())
+    yield node
+    node.stop()
+    for name in ("_task_id", "_run_id", "_node_id"):
+        setattr(TaskIdentity, name, None)
+
+
+def answered(node: SuperNode, settings: NodeSettings, work: Callable[[Request], Reply]) -> tuple[Message, Ward]:
+    """Let a runner serve until a reply is there, then stop it as the hospital would."""
+    ward = Ward(settings, work)
+    runner = Runner(settings, ward)
+    found: list[Message] = []
+
+    class Source:
+        """The runner's own source; Ctrl-C comes when the reply has been handed over."""
+
+        def __init__(self) -> None:
+            self.real = runner._source
+            self.close, self.task_client = self.real.close, self.real.task_client
+
+        def acquire(self) -> str:
+            if reply := node.reply():
+                found.append(reply)
+                raise KeyboardInterrupt
+            return self.real.acquire()
+
+    runner._source = Source()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    runner.close()
+    reply = found[0] if found else node.reply()
+    assert reply is not None
+    return reply, ward
+
+
+def hello(request: Request) -> Reply:
+    assert request == HELLO
+    return HelloReply(site="A", role=Role.TRAIN, public_size=5)
+
+
+def test_a_request_is_answered(node: SuperNode, settings: NodeSettings) -> None:
+    node.receive(encode_request(HELLO), "query.hello")
+    reply, ward = answered(node, settings, hello)
+    assert decode_reply(reply.content) == HelloReply(site="A", role=Role.TRAIN, public_size=5)
+    assert len(ward.asked) == 1
+
+
+def test_another_bundle_is_refused_before_the_site_hears_of_it(node: SuperNode, settings: NodeSettings) -> None:
+    from flwr.cli.build import build_fab_from_files
+
+    project = b'[project]\nname = "evil"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "x"\n'
+    project += b'[tool.flwr.app.components]\nserverapp = "evil:app"\nclientapp = "evil:app"\n'
+    fab = build_fab_from_files({"pyproject.toml": project, "evil.py": b"raise SystemExit('ran')"})[0]
+    node.receive(encode_request(HELLO), "query.hello", fab)
+    reply, ward = answered(node, settings, hello)
+    assert reply.error.reason == "policy-refused"
+    assert ward.asked == []
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (RecordDict({"config": ConfigRecord({"x": 1})}), "train"),
+        (RecordDict(), "query.hello"),
+        (encode_request(HELLO), "train"),
+        (encode_request(HELLO), "query.shell"),
+    ],
+)
+def test_what_is_not_the_contract_never_reaches_the_site(
+    node: SuperNode, settings: NodeSettings, content: RecordDict, kind: str
+) -> None:
+    node.receive(content, kind)
+    reply, ward = answered(node, settings, hello)
+    assert reply.error.reason == "contract-violation"
+    assert ward.asked == []
+
+
+def test_of_an_unexpected_error_only_a_code_leaves(node: SuperNode, settings: NodeSettings) -> None:
+    def work(_: Request) -> Reply:
+        raise KeyError("patient sub-017")
+
+    node.receive(encode_request(HELLO), "query.hello")
+    reply, _ = answered(node, settings, work)
+    assert reply.error.reason == "internal-error"
+    assert "017" not in repr(reply)
+
+
+def test_a_refusal_and_a_reply_that_may_not_leave(node: SuperNode, settings: NodeSettings) -> None:
+    refusal = Refusal(site="A", kind="hello", round=0, reason=Reason.DATA_INVALID)
+    node.receive(encode_request(HELLO), "query.hello")
+    reply, _ = answered(node, settings, lambda _: refusal)
+    assert decode_reply(reply.content) == refusal
+
+
+def test_a_node_that_is_stopped_in_the_middle_says_that_it_is_lost(node: SuperNode, settings: NodeSettings) -> None:
+    def work(_: Request) -> Reply:
+        raise KeyboardInterrupt
+
+    node.receive(encode_request(HELLO), "query.hello")
+    reply, _ = answered(node, settings, work)
+    assert (reply.error.code, reply.error.reason) == (5, "lost")
+
+
+@pytest.mark.usefixtures("node")
+def test_another_secret_is_one_clear_error(settings: NodeSettings) -> None:
+    Path(settings.runner.secret).write_bytes(b"another secret")
+    runner = Runner(settings, Ward(settings, hello))
+    with pytest.raises(BadInput, match="refuses the shared secret"):
+        runner.run()
+    runner.close()
+
+
+# -- what our edges lean on in Flower; each fails if an update of Flower moves it --------------------------------
+
+
+def test_flower_is_the_version_that_the_edges_were_written_for() -> None:
+    assert version("flwr") == "1.41.0"
+
+
+def test_the_supernodes_pauses_are_where_the_launcher_expects_them() -> None:
+    tree = ast.parse(inspect.getsource(start_client_internal))
+    uses = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time"
+    ]
+    assert {use.attr for use in uses} == {"sleep"}  # so a clock that can only sleep will do
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.func in uses]
+    pauses = sorted(ast.literal_eval(call.args[0]) for call in calls)
+    assert pauses == [supernode.REPLY_PAUSE, supernode.REPLY_PAUSE, supernode.IDLE_PAUSE]
+
+
+def test_the_launcher_shortens_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_client_internal, "time", time)
+    supernode.shorten_pauses()
+    started = time.monotonic()
+    clock: Any = vars(start_client_internal)["time"]
+    clock.sleep(3)
+    clock.sleep(0.5)
+    assert time.monotonic() - started < 0.3
+    with pytest.raises(RuntimeError, match="pauses for 2 s"):
+        clock.sleep(2)
+
+
+def test_transfers_begin_to_look_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        defaults = function.__kwdefaults__ or {}
+        assert defaults["initial_backoff"] in (1, 0.02)  # Flower's own, or already ours
+        monkeypatch.setitem(defaults, "initial_backoff", 1)
+    quicken_transfers()
+    assert (inflatable_utils.pull_objects.__kwdefaults__ or {})["initial_backoff"] == 0.02
+    looks: list[float] = []
+
+    def pull(key: str) -> bytes:
+        looks.append(time.monotonic())
+        if len(looks) < 3:
+            raise inflatable_utils.ObjectUnavailableError(key)
+        return b"x"
+
+    assert inflatable_utils.pull_objects(["a"], pull) == {"a": b"x"}
+    assert looks[-1] - looks[0] < 0.5
+
+
+def test_the_bundle_is_thin_and_the_same_each_time() -> None:
+    import io
+    import zipfile
+
+    assert bundle() == BUNDLE
+    assert len(BUNDLE) < 1024
+    names = zipfile.ZipFile(io.BytesIO(BUNDLE)).namelist()
+    assert names == ["pyproject.toml", ".info/CONTENT"]
