@@ -158,18 +158,18 @@ def _explain(error: ValidationError) -> str:
     fault = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        section = fault["loc"][0] if len(fault["loc"]) > 1 else None
-        known = _known(str(section) if section else None)
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, 1)
+        section, _, key = where.rpartition(".")
+        known = _known(section)
+        near = difflib.get_close_matches(key, known, 1)
         return f"{where} is not a known key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
     if fault["type"] == "missing":
         return f"{where} is missing; add it"
     return f"{where} = {fault['input']!r}: {fault['msg']}"
 
 
-def _known(section: str | None) -> list[str]:
+def _known(section: str) -> list[str]:
     model: type[BaseModel] = NodeSettings
-    if section is not None:
+    if section:
         annotation = NodeSettings.model_fields[section].annotation
         model = annotation if isinstance(annotation, type) else NodeSettings
     return sorted(model.model_fields)

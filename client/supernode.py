@@ -4,8 +4,9 @@
 Flower 1.41 pauses for a fixed 3 s between two looks for a message and for 0.5 s between two looks for the
 reply (``flwr/supernode/start_client_internal.py``); a round of two messages loses up to seven seconds to it.
 This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
-Flower's own entry point; nothing else is touched. A contract test reads Flower's source and fails if the
-pauses are no longer where they were.
+Flower's own entry point. The look for a part of a message that is on its way begins sooner too
+(:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`); nothing else is touched. A contract test reads
+Flower's source and fails if the pauses are no longer where they were.
 """
 
 import sys
@@ -40,7 +41,7 @@ def shorten_pauses() -> None:
             last = kind
         time.sleep(pace.pause())
 
-    vars(loop)["time"] = SimpleNamespace(sleep=sleep)
+    loop.__dict__["time"] = SimpleNamespace(sleep=sleep)
 
 
 def main() -> None:

@@ -6,10 +6,12 @@ safetensors (never pickle: reading one runs no code), written so that a crash or
 old file or the new one, complete.
 """
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,21 +78,24 @@ def save_arrays(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None
     Raises:
         OSError: no space, no permission, no folder; no partial file is left behind.
     """
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     order = json.dumps(list(arrays), separators=(",", ":"))
-    content = save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, {**metadata, _ORDER: order})
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, temporary, {**metadata, _ORDER: order})
+        _sync(temporary)
+        temporary.replace(path)
+    except SafetensorError as error:
+        # safetensors keeps the number of the system's error in its text alone.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # so that the renaming survives a power cut, too
 
 
 def load_saved(path: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
@@ -117,9 +122,9 @@ def _floating(network: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in network.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

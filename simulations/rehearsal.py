@@ -17,10 +17,12 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from ..client.settings import SiteSettings
 from ..privacy import errors
@@ -237,7 +239,8 @@ class _Rehearsal:
                 continue
             name, code = dead[0]
             node.lost = f"its {node.processes[name]} {ending(code)} (log: {self.processes.log(name)})"
-            self.control.unregister(node.node_id)
+            with suppress(httpx.HTTPError):  # a SuperLink that is gone is named by the caller
+                self.control.unregister(node.node_id)
             self.processes.stop(*node.processes)
             values = {"reason": errors.Reason.LOST.value, "during": node.lost}
             self.observer(Event(kind="refused", round=self.round, site=node.settings.name, values=values))

@@ -118,6 +118,12 @@ def test_a_file_without_our_order_is_read_by_name(tmp_path: Path) -> None:
     assert metadata == {}
 
 
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        save_arrays(tmp_path / "absent" / "model.safetensors", to_arrays(small()), {})
+    assert caught.value.errno == errno.ENOENT
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_arrays(path, to_arrays(small()), {})
@@ -159,7 +165,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_old_file(tiny_disk: Path) -> None:
     path = tiny_disk / "model.safetensors"
     save_arrays(path, {"a": np.ones(10_000, np.float32)}, {})
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         save_arrays(path, {"a": np.ones(100_000, np.float32)}, {})
+    assert caught.value.errno == errno.ENOSPC
     assert load_saved(path)[0]["a"].size == 10_000
     assert len(list(tiny_disk.iterdir())) == 1

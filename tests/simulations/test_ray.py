@@ -39,9 +39,11 @@ def study_of(rounds: int, *heldout: str) -> Study:
     return make_study(training=training, evaluation=evaluation, data={"augment": "light"})
 
 
-def on_ray(study: Study, sites: Path, out: Path, observer: Callable[[Event], None] = ignore) -> RunStore:
+def on_ray(
+    study: Study, sites: Path, out: Path, observer: Callable[[Event], None] = ignore, workers: int = 2
+) -> RunStore:
     store = RunStore.create(out, study, engine="ray")
-    run_ray(study, site_settings(study, find_sites(sites), out), store, observer, workers=2)
+    run_ray(study, site_settings(study, find_sites(sites), out), store, observer, workers=workers)
     return store
 
 
@@ -73,7 +75,7 @@ def test_ray_gives_the_bits_of_the_in_process_engine(
 
 def test_an_error_and_ctrl_c_come_out_as_they_are(sites: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"evaluation\.heldout names nowhere"):
-        on_ray(study_of(1, "nowhere"), sites, tmp_path / "error")
+        on_ray(study_of(1, "nowhere"), sites, tmp_path / "error", workers=1)
     assert_nothing_left()
 
     def observe(event: Event) -> None:
@@ -81,7 +83,7 @@ def test_an_error_and_ctrl_c_come_out_as_they_are(sites: Path, tmp_path: Path) -
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        on_ray(study_of(100), sites, tmp_path / "stopped", observe)
+        on_ray(study_of(100), sites, tmp_path / "stopped", observe, workers=1)
     assert_nothing_left()
     store = RunStore.load(tmp_path / "stopped")
     assert store.status == "running"  # resumable

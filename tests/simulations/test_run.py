@@ -180,14 +180,14 @@ def command(study: Study, sites: Path, out: Path, *more: str) -> list[str]:
 
 
 def wait_for_round(out: Path, number: int, process: "subprocess.Popen[str]") -> None:
-    """Until the first site has trained in ``number``."""
+    """Until round ``number`` has begun."""
     from fedneuro.server.store import RunStore
 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "state/run.db").is_file():
             try:
-                if any(e.kind == "trained" and e.round >= number for _, e in RunStore.load(out).events()):
+                if any(e.kind == "round-started" and e.round >= number for _, e in RunStore.load(out).events()):
                     return
             except FedNeuroError:
                 pass  # the database is being made
@@ -223,7 +223,10 @@ def test_interrupted_run_leaves_no_process_and_resumes_to_the_same_bits(
 
 
 def test_worker_that_dies_is_a_lost_site_and_the_run_resumes(tmp_path: Path, sites: Path) -> None:
-    study = small_study(training={"rounds": 4, "local_epochs": 6, "batch_size": 1})
+    study = small_study(
+        training={"rounds": 4, "local_epochs": 20, "batch_size": 1},
+        evaluation={"heldout": ["west"], "every": 0, "bootstrap": 100},
+    )
     simulate(study, sites, tmp_path / "whole", workers=1)
     out = tmp_path / "cut"
     process = subprocess.Popen(command(study, sites, out, "--workers", "2"), stderr=subprocess.PIPE, text=True)
