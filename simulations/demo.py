@@ -88,7 +88,7 @@ def without_privacy(study: Study) -> Study:
     values = study.model_dump(mode="json")
     values["study"]["name"] += "-no-privacy"
     values["privacy"]["mode"] = "none"
-    values["training"] |= {"optimizer": "adam", "learning_rate": 3e-3, "momentum": 0.0, "batch_size": 32}
+    values["training"] |= {"learning_rate": 0.3, "batch_size": 64}
     return Study.parse(values)
 
 
