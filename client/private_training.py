@@ -10,7 +10,7 @@ here, by the hospital, from the study's ε, δ, rate and number of steps; nobody
 import torch
 
 from ..privacy.accounting import GaussianEvent, calibrate
-from ..privacy.dpsgd import PatientGradient, check_network
+from ..privacy.dpsgd import PatientGradient
 from ..privacy.ledger import Ledger
 from ..privacy.noise import SecureRandom
 from .optimizers import set_learning_rate
@@ -27,12 +27,10 @@ def private_steps(session: Session, number: int, optimizer: torch.optim.Optimize
 
     Raises:
         BudgetExhausted: the ledger does not cover the round; nothing was trained.
-        BadInput: the network mixes patients.
     """
     study, settings, crops = session.study, session.settings, session.crops
     privacy, steps = study.privacy, study.training.local_steps
     assert crops is not None  # noqa: S101 - the gate let no held-out site come here
-    check_network(session.network)
     sigma = calibrate(privacy.epsilon, privacy.delta, privacy.sample_rate, study.total_steps)
     event = GaussianEvent(sample_rate=privacy.sample_rate, noise_multiplier=sigma, count=steps)
     ledger = Ledger(settings.state / "ledger.db")

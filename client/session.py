@@ -13,6 +13,7 @@ from ..models.losses import build_loss
 from ..models.networks import build_network
 from ..models.state import load_arrays, to_arrays
 from ..privacy.contract import Arrays, Role, check_arrays, shapes_of
+from ..privacy.dpsgd import self_test
 from ..privacy.study import Study
 from .data import Crops, open_site
 from .settings import SiteSettings
@@ -64,11 +65,19 @@ class Session:
         self.loss = build_loss(study.training.loss, study.task)
         self.shapes = shapes_of(to_arrays(self.network))
         heldout = settings.role is Role.HELDOUT
+        if study.privacy.mode != "none" and not heldout:
+            self._prove_privacy()
         self.evaluated = self.data.patients if heldout else self.data.validation()
-        self.trained = () if heldout else self.data.training()
+        self.trained: tuple[str, ...] = () if heldout else self.data.training()
         self.crops = None if heldout else Crops(self.data, self.trained, study)
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_round = 0
+
+    def _prove_privacy(self) -> None:
+        """Refuse a network or loss for which the bound on a patient's contribution does not hold, by trying it."""
+        study = self.study
+        shape = (min(2, study.privacy.crops_per_patient), len(study.data.modalities), *study.data.patch)
+        self_test(self.network, self.loss, shape, study.privacy.clip)
 
     @property
     def public_training_size(self) -> float:

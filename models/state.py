@@ -84,7 +84,7 @@ def save_arrays(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None
     order = json.dumps(list(arrays), separators=(",", ":"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         save_file(contiguous, temporary, {**metadata, _ORDER: order})
         _sync(temporary)
         temporary.replace(path)

@@ -32,6 +32,7 @@ __all__ = [
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Metric = Literal["dice", "hd95", "accuracy", "auroc"]
+SMALLEST_RESNET_PATCH = 32
 SEGMENTATION_METRICS = frozenset({"dice", "hd95"})
 
 
@@ -325,6 +326,12 @@ class Study(Section):
                 "data.patch",
                 f"data.patch = {list(data.patch)} with {len(model.channels)} levels in model.channels",
                 f"every side must be a multiple of {model.stride}",
+            )
+        if model.name == "resnet" and model.norm == "instance" and min(data.patch) <= SMALLEST_RESNET_PATCH:
+            raise contradiction(
+                "data.patch",
+                f'data.patch = {list(data.patch)} for resnet with norm = "instance"',
+                f"every side must be above {SMALLEST_RESNET_PATCH}: the last stage needs more than one voxel",
             )
         if data.spacing and len(data.spacing) != 3:
             raise contradiction("data.spacing", f"{len(data.spacing)} numbers", "give three numbers in mm, or none")

@@ -62,11 +62,12 @@ class RunProgress:
             self._say(f"{self._title}: {_roles(values['sites'])}; rounds {self._first} to {self._rounds}")
         elif event.kind == "round-started":
             for site in self._sites.values():
+                site["fresh"] = False
                 site["state"] = "training" if site["role"] == "train" else "waiting"
         elif event.kind == "trained":
             self._set(event.site, state="trained", loss=values["loss"], epsilon=values["epsilon"])
         elif event.kind == "evaluated":
-            self._set(event.site, state="evaluated", metrics=values["metrics"])
+            self._set(event.site, state="evaluated", metrics=values["metrics"], fresh=True)
         elif event.kind == "refused":
             self._set(event.site, state=f"[red]{values['reason']}[/]")
             self._console.print(
@@ -83,7 +84,7 @@ class RunProgress:
         left = (time.monotonic() - self._started) / done * (self._rounds - event.round)
         self._bar.update(self._task, completed=event.round, left=f"{_minutes(left)} left")
         answered = f"{event.values['sites']} of {event.values['asked']} sites"
-        scores = "  ".join(f"{n} {_first_metric(s)}" for n, s in self._sites.items() if s.get("metrics"))
+        scores = "  ".join(f"{n} {_first_metric(s)}" for n, s in self._sites.items() if s.get("fresh"))
         seconds = event.values["seconds"]
         self._say(f"  round {event.round}/{self._rounds}  {seconds:.1f} s  {answered}  {scores}  {_minutes(left)} left")
 

@@ -5,7 +5,6 @@ It is built from the saved state alone, so it can be written at any time, also a
 ``"status": "partial"`` and takes the best saved round.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,8 @@ NOT_COVERED = (
 )
 
 
-def build_results(store: RunStore, comparators: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that is known of a run, as JSON values.
-
-    Args:
-        store: the run.
-        comparators: other runs on the same patients, as ``{name: {"title": …, "sites": {…}}}``.
-    """
+def build_results(store: RunStore) -> dict[str, Any]:
+    """Everything that is known of a run, as JSON values."""
     study, final, rounds, sites = store.study, store.final(), store.rounds(), store.sites()
     selected = final["selected_round"] if final else select_round(study, rounds, sites)
     by_round = {record.round: record for record in rounds}
@@ -69,7 +63,7 @@ def build_results(store: RunStore, comparators: Mapping[str, Any] | None = None)
             for r in rounds
         ],
         "privacy": _privacy(store),
-        "comparators": dict(comparators or {}),
+        "comparators": store.comparators(),
         "versions": seen,
         "seconds": sum(r.seconds for r in rounds),
     }  # fmt: skip
@@ -102,12 +96,12 @@ def _privacy(store: RunStore) -> dict[str, Any]:
     }
 
 
-def write_results(store: RunStore, comparators: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_results(store: RunStore) -> dict[str, Any]:
     """Write ``results.json`` and ``model.safetensors`` into the run's folder; returns the results.
 
     The model is the selected round's, with the study hash and its own digest in the metadata.
     """
-    results = build_results(store, comparators)
+    results = build_results(store)
     if store.rounds():
         groups = store.groups(results["selected_round"])
         arrays = groups.get("evaluated", groups["model"])

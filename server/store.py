@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+import sqlalchemy.event
+import sqlalchemy.exc
 from numpy.typing import NDArray
 
 from ..models.state import digest, load_saved, save_arrays
@@ -39,6 +41,7 @@ _run = sql.Table(
     sql.Column("engine", sql.String(32), nullable=False),
     sql.Column("status", sql.String(16), nullable=False),
     sql.Column("sites", sql.JSON, nullable=False),
+    sql.Column("comparators", sql.JSON, nullable=False),
     sql.Column("final", sql.JSON),
 )
 _rounds = sql.Table(
@@ -101,8 +104,19 @@ class RunStore:
         self._db = _database(self.folder / "run.db")
 
     @classmethod
-    def create(cls, out: Path, study: Study, *, engine: str, overwrite: bool = False) -> "RunStore":
+    def create(
+        cls,
+        out: Path,
+        study: Study,
+        *,
+        engine: str,
+        overwrite: bool = False,
+        comparators: Mapping[str, Any] | None = None,
+    ) -> "RunStore":
         """Start a new run in ``out``.
+
+        ``comparators`` are results of other runs on the same patients, as ``{name: {"title": …, "sites": {…}}}``,
+        that the report shows beside this one.
 
         Raises:
             StateError: ``out`` already holds a run and ``overwrite`` is False.
@@ -129,7 +143,7 @@ class RunStore:
             store._execute(
                 _run.insert().values(
                     id=1, schema_version=SCHEMA_VERSION, study_hash=study.hash, study=study.canonical,
-                    engine=engine, status="running", sites={},
+                    engine=engine, status="running", sites={}, comparators=dict(comparators or {}),
                 )
             )  # fmt: skip
         return store
@@ -165,7 +179,7 @@ class RunStore:
         try:
             with db.connect() as connection:
                 row = connection.execute(sql.select(_run)).one()
-        except sql.exc.SQLAlchemyError as error:
+        except sqlalchemy.exc.SQLAlchemyError as error:
             raise StateError(
                 f"{path}: cannot be read as a run ({type(error).__name__}); start anew with --overwrite"
             ) from error
@@ -200,6 +214,10 @@ class RunStore:
         """What :meth:`finish` was given, or None."""
         value = self._value(_run.c.final)
         return None if value is None else dict(value)
+
+    def comparators(self) -> dict[str, Any]:
+        """Other runs to show beside this one, as given to :meth:`create`."""
+        return dict(self._value(_run.c.comparators))
 
     # -- rounds ----------------------------------------------------------------------------------------
 
@@ -296,7 +314,7 @@ class RunStore:
 def _database(path: Path) -> sql.Engine:
     engine = sql.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
 
-    @sql.event.listens_for(engine, "connect")
+    @sqlalchemy.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -309,7 +327,7 @@ def _disk(out: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one clear line."""
     try:
         yield
-    except (OSError, sql.exc.OperationalError) as error:
+    except (OSError, sqlalchemy.exc.OperationalError) as error:
         cause = error if isinstance(error, OSError) else error.orig
         text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(cause)
         raise EnvironmentProblem(

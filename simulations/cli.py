@@ -2,10 +2,12 @@
 """``fedneuro-sim``: studies on one machine."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -116,25 +118,30 @@ def _simulate(
     show(results, out)
 
 
-def show(results: dict[str, object], out: Path) -> None:
+def show(results: Mapping[str, Any], out: Path) -> None:
     """Print the result, held-out sites first."""
     console = Console()
-    sites: dict[str, dict[str, dict[str, dict[str, object]]]] = results["sites"]  # type: ignore[assignment]
-    epsilons: dict[str, float] = results["privacy"]["epsilon"]  # type: ignore[index]
-    table = Table(
-        title=f"round {results['selected_round']} of study {str(results['study_hash'])[:12]}", title_justify="left"
-    )
-    for column in ("site", "role", "metric", "mean", "95 % interval", "patients", "untrained", "ε"):
-        table.add_column(column)
-    for name, site in sorted(sites.items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
+    if not console.is_terminal:
+        console.width = 120
+    epsilons: Mapping[str, float] = results["privacy"]["epsilon"]
+    title = f"round {results['selected_round']} of study {results['study_hash'][:12]}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("site", "role", "metric", "mean [95 % interval]", "patients", "untrained", "ε"):
+        table.add_column(column, no_wrap=True)
+    for name, site in sorted(results["sites"].items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
+        spent = epsilons.get(name, max(epsilons.values(), default=None))
         for metric, value in site["metrics"].items():
-            low, high = value["ci95"]  # type: ignore[misc]
+            low, high = value["ci95"]
             before = site["untrained"].get(metric)
-            spent = epsilons.get(name, max(epsilons.values(), default=None))
             table.add_row(
-                name, str(site["role"]), metric, f"{value['mean']:.3f}", f"{low:.3f} to {high:.3f}", str(value["n"]),
-                f"{before['mean']:.3f}" if before else "", f"{spent:.2f}" if spent is not None else "no privacy",
-            )  # fmt: skip
+                name,
+                site["role"],
+                metric,
+                f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]",
+                str(value["n"]),
+                f"{before['mean']:.3f}" if before else "",
+                f"{spent:.2f}" if spent is not None else "no privacy",
+            )
     console.print(table)
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -167,6 +174,14 @@ def demo(
     from .demo import run_demo
 
     show(run_demo(out, workers=workers, console=Console(stderr=True)), out)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, finished or not.")]) -> None:
+    """Write results.json, report.html and model.safetensors again from the saved state, also after a crash."""
+    from .run import finish
+
+    show(finish(out), out)
 
 
 @app.command("import-jpg")

@@ -60,7 +60,9 @@ class Simulation:
         if resume:
             store = RunStore.resume(self.out, self.study, engine=self.engine)
         else:
-            store = RunStore.create(self.out, self.study, engine=self.engine, overwrite=overwrite)
+            store = RunStore.create(
+                self.out, self.study, engine=self.engine, overwrite=overwrite, comparators=comparators
+            )
             shutil.rmtree(self.out / "sites", ignore_errors=True)
         try:
             self._engine(settings, store, observer)
@@ -68,7 +70,7 @@ class Simulation:
             raise self._explained(error) from error
         finally:
             store.close()
-        return finish(self.out, comparators)
+        return finish(self.out)
 
     def _engine(self, settings: Any, store: RunStore, observer: Observer) -> None:
         if self.engine == "inprocess":
@@ -97,13 +99,13 @@ class Simulation:
         return explained
 
 
-def finish(out: Path, comparators: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def finish(out: Path) -> dict[str, Any]:
     """Write ``results.json``, ``model.safetensors`` and ``report.html`` from the saved state."""
     from ..server.report import write_report  # imports Jinja2: only at the end of a run
 
     store = RunStore.load(out)
     try:
-        results = write_results(store, comparators)
+        results = write_results(store)
     finally:
         store.close()
     write_report(results, out / "report.html", previews=previews(out))

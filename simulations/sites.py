@@ -2,6 +2,7 @@
 """The sites of a simulation: the sub-folders of one folder, each a hospital's BIDS data set."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..privacy.errors import DataError
 from ..privacy.study import Study
 
 __all__ = ["faults", "find_sites", "site_settings"]
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def find_sites(folder: Path) -> dict[str, Path]:
@@ -27,6 +30,11 @@ def find_sites(folder: Path) -> dict[str, Path]:
         raise DataError(
             f"--sites {folder}: is one data set (it holds sub-*), not a folder of sites; "
             f"make simulated sites of it with: fedneuro-sim split {folder} --out DIR --sites 3"
+        )
+    if odd := [name for name in found if not SITE_NAME.fullmatch(name)]:
+        raise DataError(
+            f"--sites {folder}: the name of folder {odd[0]!r} cannot be a site's; "
+            "rename it: letters, digits, and - _ . inside, at most 64"
         )
     if not found:
         raise DataError(f"--sites {folder}: no sub-folder holds a BIDS data set (sub-*); expected one per hospital")
