@@ -4,7 +4,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -13,6 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..privacy.exits import run_command
+
+if TYPE_CHECKING:  # these import torch, which --help does not need
+    from ..privacy.study import Study
+    from .run import Engine, Simulation
 
 __all__ = ["app", "main"]
 
@@ -75,8 +79,12 @@ def run(
     """Run a study on the sites in a folder and write results.json, report.html and model.safetensors."""
     if engine not in ("inprocess", "ray"):
         raise typer.BadParameter(f'"{engine}": expected inprocess or ray', param_hint="--engine")
+    from .run import Simulation
+
+    loaded = _load(study, overrides)
+    name: Engine = "ray" if engine == "ray" else "inprocess"
     _simulate(
-        study, sites, out, overrides, engine=engine, workers=workers, resume=resume, overwrite=overwrite, cache=cache
+        Simulation(study=loaded, sites=sites, out=out, cache=cache, engine=name, workers=workers), resume, overwrite
     )
 
 
@@ -86,36 +94,35 @@ def rehearse(
     sites: Sites,
     out: Out,
     overrides: Set = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the SuperLink; 0 takes a free one.")] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
     cache: Cache = None,
 ) -> None:
     """Run a study over a real Flower deployment on 127.0.0.1: SuperLink with TLS, one node per site."""
-    _simulate(study, sites, out, overrides, engine="deployment", resume=resume, overwrite=overwrite, cache=cache)
-
-
-def _simulate(
-    study: Path,
-    sites: Path,
-    out: Path,
-    overrides: list[str] | None,
-    *,
-    engine: str,
-    workers: int = 0,
-    resume: bool,
-    overwrite: bool,
-    cache: Path | None,
-) -> None:
-    from ..privacy.study_file import load_study
-    from ..server.progress import RunProgress
     from .run import Simulation
 
-    loaded = load_study(study, overrides or [])
+    loaded = _load(study, overrides)
+    _simulate(
+        Simulation(study=loaded, sites=sites, out=out, cache=cache, engine="deployment", port=port), resume, overwrite
+    )
+
+
+def _load(study: Path, overrides: list[str] | None) -> "Study":
+    from ..privacy.study_file import load_study
+
+    return load_study(study, overrides or [])
+
+
+def _simulate(simulation: "Simulation", resume: bool, overwrite: bool) -> None:
+    from ..server.progress import RunProgress
+
     console = Console(stderr=True)
-    simulation = Simulation(study=loaded, sites=sites, out=out, cache=cache, engine=engine, workers=workers)  # type: ignore[arg-type]
-    with RunProgress(console, loaded.study.name) as progress:
+    if simulation.engine == "deployment":
+        console.print("starting SuperLink and one node per site; this takes up to half a minute", highlight=False)
+    with RunProgress(console, simulation.study.study.name) as progress:
         results = simulation.run(resume=resume, overwrite=overwrite, observer=progress)
-    show(results, out)
+    show(results, simulation.out)
 
 
 def show(results: Mapping[str, Any], out: Path) -> None:

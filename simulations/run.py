@@ -34,6 +34,7 @@ class Simulation:
         cache: folder of preprocessed scans that several runs share; None: in ``out``.
         engine: ``inprocess``, ``ray``, or ``deployment`` (real SuperLink and SuperNode processes on loopback).
         workers: processes of the in-process engine and of Ray; 0: as many as sites and cores allow.
+        port: ``deployment``: port of the SuperLink on 127.0.0.1; 0 takes a free one.
     """
 
     study: Study
@@ -42,6 +43,7 @@ class Simulation:
     cache: Path | None = None
     engine: Engine = "inprocess"
     workers: int = 0
+    port: int = 0
 
     def run(
         self,
@@ -85,7 +87,7 @@ class Simulation:
         else:
             from .rehearsal import rehearse
 
-            rehearse(self.study, settings, store, observer)
+            rehearse(self.study, settings, store, observer, port=self.port)
 
     def _explained(self, error: FedNeuroError) -> FedNeuroError:
         """The error with the hospitals' own words, which a simulation may show: the data are the user's."""
