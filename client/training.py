@@ -77,7 +77,8 @@ def _plain_steps(session: Session, number: int, optimizer: torch.optim.Optimizer
         set_learning_rate(session, optimizer, (number - 1) * count + index, training.rounds * count)
         optimizer.zero_grad(set_to_none=True)
         with autocast(session):
-            loss = session.loss(session.network(images.to(session.device)), labels.to(session.device))
+            logits = session.network(images.to(session.device))
+        loss = session.loss(logits.float(), labels.to(session.device))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total_loss += loss.detach().float()
