@@ -12,7 +12,7 @@ from tests.bids import FAULTS, RAS, image_path, make_study, mask_path, write_nif
 
 CLASSES = {
     "task": {"kind": "classification", "target": "kind", "labels": ["glioma", "meningioma"]},
-    "model": {"name": "resnet", "channels": [4, 8, 8, 8]},
+    "model": {"name": "resnet", "norm": "group", "channels": [4, 8, 8, 8]},
     "training": {"loss": "cross_entropy"},
 }
 

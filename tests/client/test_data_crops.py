@@ -70,7 +70,7 @@ def test_classification_gives_the_patients_class(dims: int, patch: list[int], ho
     crops, _ = opened(
         root,
         task={"kind": "classification", "target": "kind", "labels": ["glioma", "meningioma", "pituitary"]},
-        model={"name": "resnet", "channels": [4, 8, 8, 8], "dims": dims},
+        model={"name": "resnet", "norm": "group", "channels": [4, 8, 8, 8], "dims": dims},
         training={"loss": "cross_entropy"},
         data={"patch": patch, "augment": how},
     )

@@ -121,7 +121,7 @@ def test_2d_images_are_volumes_of_one_slice(tmp_path: Path) -> None:
         root,
         make_study(
             task={"kind": "classification", "target": "kind", "labels": list(classes)},
-            model={"name": "resnet", "channels": [4, 8, 8, 8]},
+            model={"name": "resnet", "norm": "group", "channels": [4, 8, 8, 8]},
             training={"loss": "cross_entropy"},
         ),
     )

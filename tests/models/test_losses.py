@@ -51,13 +51,20 @@ def test_the_gradient_of_an_image_ignores_the_others(name: str, task: TaskSectio
 def test_dice_by_hand() -> None:
     """One image of four voxels, certain logits: the label is 1 in two voxels, the prediction in one of them.
 
-    Dice = 2·1 / (1 + 2) = 2/3, so the loss is 1/3.
+    Smoothed by one voxel: Dice = (2·1 + 1) / (1 + 2 + 1) = 3/4, so the loss is 1/4.
     """
     labels = torch.tensor([[[1, 1], [0, 0]]])
     logits = torch.full((1, 2, 2, 2), -50.0)
     logits[0, 0] = torch.tensor([[-50.0, 50.0], [50.0, 50.0]])
     logits[0, 1, 0, 0] = 50.0
-    assert build_loss("dice", TaskSection())(logits, labels).item() == pytest.approx(1 / 3, abs=1e-4)
+    assert build_loss("dice", TaskSection())(logits, labels).item() == pytest.approx(1 / 4, abs=1e-4)
+
+
+def test_an_image_without_foreground_teaches() -> None:
+    """With MONAI's own smoothing of 1e-5 this gradient is about 1e-6 of the one here."""
+    logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    build_loss("dice", TaskSection())(logits, torch.zeros(1, 8, 8, dtype=torch.int64)).backward()
+    assert logits.grad is not None and float(logits.grad.norm()) > 1e-3
 
 
 def test_cross_entropy_and_focal_by_hand() -> None:
@@ -75,7 +82,7 @@ def test_dice_ce_is_the_sum_and_equals_monai() -> None:
     logits, labels = batch(SEGMENTATION)
     parts = [build_loss(n, SEGMENTATION)(logits, labels) for n in ("dice", "cross_entropy", "dice_ce")]
     torch.testing.assert_close(parts[0] + parts[1], parts[2])
-    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, smooth_nr=1, smooth_dr=1)
     torch.testing.assert_close(parts[2], oracle(logits, labels[:, None]))
 
 

@@ -22,7 +22,7 @@ KINDS = ("glioma", "meningioma", "pituitary")
 def tumour_study(**data: object) -> Study:
     return make_study(
         task={"kind": "classification", "target": "tumour_type", "labels": list(KINDS)},
-        model={"name": "resnet", "channels": [4, 8, 8, 8]},
+        model={"name": "resnet", "norm": "group", "channels": [4, 8, 8, 8]},
         training={"loss": "cross_entropy"},
         data={"modalities": ["T1w"], **data},
     )
