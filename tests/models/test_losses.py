@@ -63,7 +63,7 @@ def test_dice_by_hand() -> None:
 def test_an_image_without_foreground_teaches() -> None:
     """With MONAI's own smoothing of 1e-5 this gradient is about 1e-6 of the one here."""
     logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
-    build_loss("dice", TaskSection())(logits, torch.zeros(1, 8, 8, dtype=torch.int64)).backward()
+    build_loss("dice", TaskSection())(logits, torch.zeros(1, 8, 8, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None and float(logits.grad.norm()) > 1e-3
 
 
