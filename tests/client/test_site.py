@@ -142,7 +142,7 @@ def test_a_refusal_carries_a_code_and_the_site_keeps_the_story(site: Site) -> No
     fault = json.loads((site.settings.state / "last-fault.json").read_text())
     assert "sub-P001" in fault["text"] and fault["exit_code"] == 2
     assert "sub-P001" in (site.settings.state / "site.log").read_text()
-    assert "sub-P001" not in reply.reason.public_text
+    assert "sub-P001" not in Reason.DATA_INVALID.public_text
 
 
 def test_a_state_folder_that_cannot_be_written_is_a_refusal(tmp_path: Path, site: Site) -> None:
