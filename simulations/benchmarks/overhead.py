@@ -193,7 +193,7 @@ def idle_arm(data: str, out: str) -> None:
         {
             "study": {"name": "idle"},
             "data": {"patch": [16, 16]},
-            "model": {"channels": [224, 880], "residual_units": 2},
+            "model": {"channels": [256, 1020], "residual_units": 2},
             "training": {"rounds": 30, "local_steps": 1},
             "privacy": {"mode": "none"},
             "evaluation": {"every": 0},
