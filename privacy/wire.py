@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,14 +45,12 @@ from .contract import (
 )
 from .errors import ContractViolation, Reason
 from .study import Study
+from .wire_fields import MAX_ENTRIES, MAX_TEXT, VERSION, Fields, short
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, RecordDict
 
 __all__ = ["MESSAGE_TYPES", "Packed", "decode_reply", "decode_request", "encode_reply", "encode_request", "pack"]
-
-VERSION: Final = 1
-"""Version of this form. Both sides must speak the same."""
 
 MESSAGE_TYPES: Final[Mapping[Kind, str]] = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
 """Flower's message type of each kind of request."""
@@ -61,10 +59,7 @@ MESSAGE_TYPES: Final[Mapping[Kind, str]] = {"hello": "query.hello", "train": "tr
 MAX_STUDY_BYTES: Final = 256 * 1024
 MAX_STATE_BYTES: Final = 4 * 1024**3
 MAX_ARRAYS: Final = 16_384
-MAX_TEXT: Final = 512
-MAX_ENTRIES: Final = 256
 
-_T = TypeVar("_T")
 _STYPE: Final = "fedneuro.state"
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8", "bool"})
 _SITE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -177,7 +172,7 @@ def decode_request(content: "RecordDict") -> Request:
     Raises:
         ContractViolation: anything in it is not as agreed.
     """
-    fields = _Fields(content, "request")
+    fields = Fields(_record(content, "request"), set(content))
     kind = cast(Kind, fields.choice("kind", get_args(Kind)))
     study_bytes = fields.take("study", bytes)
     if len(study_bytes) > MAX_STUDY_BYTES:
@@ -197,12 +192,12 @@ def decode_reply(content: "RecordDict") -> Reply:
     Raises:
         ContractViolation: anything in it is not as agreed.
     """
-    fields = _Fields(content, "reply")
+    fields = Fields(_record(content, "reply"), set(content))
     kind = fields.choice("type", tuple(_REPLIES))
     return _REPLIES[kind](content, fields, fields.match("site", _SITE))
 
 
-def _hello(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+def _hello(_: "RecordDict", fields: Fields, site: str) -> Reply:
     role = Role(fields.choice("role", tuple(Role)))
     size, validation = fields.whole("public-size"), fields.take("has-validation", bool)
     versions = _versions(fields.take("versions", str))
@@ -210,7 +205,7 @@ def _hello(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
     return HelloReply(site=site, role=role, public_size=size, versions=versions, has_validation=validation)
 
 
-def _train(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
+def _train(content: "RecordDict", fields: Fields, site: str) -> Reply:
     arrays = _unpack(content, fields)
     optional = {key: fields.number(key) if key in fields else None for key in ("loss", "epsilon", "noise-multiplier")}
     reply = TrainReply(
@@ -227,14 +222,14 @@ def _train(content: "RecordDict", fields: "_Fields", site: str) -> Reply:
     return reply
 
 
-def _evaluate(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+def _evaluate(_: "RecordDict", fields: Fields, site: str) -> Reply:
     names, values, patients = fields.many("metrics", str), fields.many("values", float), fields.many("patients", int)
     if len(set(names)) != len(names) or len(values) != 3 * len(names) or len(patients) != len(names):
         raise ContractViolation("the reply does not give each metric three numbers and a count of patients")
     estimates: dict[str, Estimate] = {}
     for index, name in enumerate(names):
         if not _METRIC.fullmatch(name) or not all(map(math.isfinite, values[3 * index : 3 * index + 3])):
-            raise ContractViolation(f"metric {_short(name)} has another name or value than a metric may have")
+            raise ContractViolation(f"metric {short(name)} has another name or value than a metric may have")
         mean, low, high = values[3 * index : 3 * index + 3]
         estimates[name] = Estimate(mean=mean, low=low, high=high, n=patients[index])
     reply = EvaluateReply(site=site, round=fields.whole("round"), metrics=estimates, seconds=fields.number("seconds"))
@@ -242,7 +237,7 @@ def _evaluate(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
     return reply
 
 
-def _refusal(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
+def _refusal(_: "RecordDict", fields: Fields, site: str) -> Reply:
     kind = cast(Kind, fields.choice("kind", get_args(Kind)))
     reason = Reason(fields.choice("reason", tuple(Reason)))
     number = fields.whole("round")
@@ -250,7 +245,7 @@ def _refusal(_: "RecordDict", fields: "_Fields", site: str) -> Reply:
     return Refusal(site=site, kind=kind, round=number, reason=reason)
 
 
-_REPLIES: Final[Mapping[str, Callable[["RecordDict", "_Fields", str], Reply]]] = {
+_REPLIES: Final[Mapping[str, Callable[["RecordDict", Fields, str], Reply]]] = {
     "hello": _hello,
     "train": _train,
     "evaluate": _evaluate,
@@ -258,7 +253,7 @@ _REPLIES: Final[Mapping[str, Callable[["RecordDict", "_Fields", str], Reply]]] =
 }
 
 
-def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.generic]]:
+def _unpack(content: "RecordDict", fields: Fields) -> dict[str, NDArray[np.generic]]:
     """The arrays of a message: read-only views of the bytes that came, verified against the digest."""
     from flwr.app import ArrayRecord
 
@@ -279,7 +274,7 @@ def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.ge
     for name, dtype, shape, size in zip(names, dtypes, shapes, sizes, strict=True):
         part = np.frombuffer(state.data, np.uint8, size, offset) if size else np.empty(0, np.uint8)
         if dtype == "bool" and size and part.max() > 1:
-            raise ContractViolation(f"array {_short(name)} is not made of true and false")
+            raise ContractViolation(f"array {short(name)} is not made of true and false")
         array = part.view(dtype).reshape(shape)
         arrays[name] = array if array.flags.aligned else array.copy()
         offset += size
@@ -288,7 +283,7 @@ def _unpack(content: "RecordDict", fields: "_Fields") -> dict[str, NDArray[np.ge
     return arrays
 
 
-def _layout(fields: "_Fields") -> tuple[list[str], list[str], list[tuple[int, ...]]]:
+def _layout(fields: Fields) -> tuple[list[str], list[str], list[tuple[int, ...]]]:
     """Names, dtypes and shapes, checked."""
     names, dtypes, shape_texts = (fields.many(key, str, MAX_ARRAYS) for key in ("names", "dtypes", "shapes"))
     if not names or len(set(names)) != len(names):
@@ -298,7 +293,7 @@ def _layout(fields: "_Fields") -> tuple[list[str], list[str], list[tuple[int, ..
     shapes = []
     for text in shape_texts:
         if not _SHAPE.fullmatch(text):
-            raise ContractViolation(f"the message holds shape {_short(text)}; whole numbers with commas were agreed")
+            raise ContractViolation(f"the message holds shape {short(text)}; whole numbers with commas were agreed")
         shapes.append(tuple(int(side) for side in text.split(",") if side))
     return names, dtypes, shapes
 
@@ -340,78 +335,3 @@ def _record(content: "RecordDict", name: str) -> Mapping[str, Any]:
     if type(record) is not ConfigRecord:
         raise ContractViolation(f"record {name} of the message is missing or of another kind")
     return cast(Mapping[str, Any], record)
-
-
-class _Fields:
-    """Reads the scalar fields of one record, each once; :meth:`close` refuses what nobody asked for."""
-
-    def __init__(self, content: "RecordDict", name: str) -> None:
-        self._content = content
-        self._values = dict(_record(content, name))
-        if (version := self.whole("contract")) != VERSION:
-            raise ContractViolation(f"the message is in form {version}; this version of FedNeuro speaks form {VERSION}")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def take(self, key: str, kind: type[_T]) -> _T:
-        """The value of ``key``, of exactly this type (so ``True`` is no number)."""
-        value = self._values.pop(key, None)
-        if type(value) is not kind:
-            raise ContractViolation(f"{key} of the message is missing or is not of type {kind.__name__}")
-        return value
-
-    def many(self, key: str, kind: type[_T], limit: int = MAX_ENTRIES) -> list[_T]:
-        """A list of values of exactly this type; texts are short."""
-        values: list[Any] = self.take(key, list)
-        wrong = any(type(v) is not kind or (isinstance(v, str) and len(v) > MAX_TEXT) for v in values)
-        if wrong or len(values) > limit:
-            raise ContractViolation(f"{key} of the message is not a list of at most {limit} values of {kind.__name__}")
-        return values
-
-    def whole(self, key: str) -> int:
-        """A whole number from 0."""
-        value = self.take(key, int)
-        if not 0 <= value < 2**53:
-            raise ContractViolation(f"{key} of the message is {value}; a whole number from 0 was agreed")
-        return value
-
-    def number(self, key: str) -> float:
-        """A finite number."""
-        value = self.take(key, float)
-        if not math.isfinite(value):
-            raise ContractViolation(
-                f"{key} of the message is {value}; a finite number was agreed", reason=Reason.NON_FINITE
-            )
-        return value
-
-    def match(self, key: str, pattern: re.Pattern[str]) -> str:
-        """A text of this form."""
-        value = self.take(key, str)
-        if not pattern.fullmatch(value):
-            raise ContractViolation(f"{key} of the message is {_short(value)}, not of the agreed form")
-        return value
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        """One of the allowed texts."""
-        value = self.take(key, str)
-        if value not in allowed:
-            raise ContractViolation(f"{key} of the message is {_short(value)}; allowed: {', '.join(allowed)}")
-        return value
-
-    def close(self, records: set[str]) -> None:
-        """Refuse keys that were not read, and records that the message should not have."""
-        if self._values or set(self._content) != records:
-            extra = sorted(set(self._values) | (set(self._content) - records))
-            raise ContractViolation(
-                f"the message holds {len(extra)} unexpected keys or records: {_short(', '.join(extra))}"
-            )
-
-
-def _not_finite(key: str, value: float) -> ContractViolation:
-    return ContractViolation(f"{key} of the message is {value}; a finite number was agreed", reason=Reason.NON_FINITE)
-
-
-def _short(text: str) -> str:
-    """A foreign text made safe for one log line."""
-    return ascii(text[:60])

@@ -119,13 +119,12 @@ class RunStore:
         that the report shows beside this one.
 
         Raises:
-            StateError: ``out`` already holds a run and ``overwrite`` is False.
+            StateError: ``out`` already holds a run with a saved round and ``overwrite`` is False.
             EnvironmentProblem: the folder cannot be written.
         """
         path = out / "state" / "run.db"
-        if path.exists() and not overwrite:
-            old = cls.load(out)
-            done = old.rounds()[-1].round if old.rounds() else 0
+        if path.exists() and not overwrite and (old := cls.load(out)).rounds():
+            done = old.rounds()[-1].round
             old.close()
             if old.status == "complete":
                 raise StateError(f"{out}: holds a finished run; give another --out, or --overwrite to replace it")

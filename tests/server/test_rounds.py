@@ -211,3 +211,11 @@ def test_store_keeps_two_rounds_and_the_selected_one(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "state").glob("*.safetensors")) == [
         "round-0001.safetensors", "round-0005.safetensors", "round-0006.safetensors",
     ]  # fmt: skip
+
+
+def test_a_run_that_nobody_joined_holds_nothing_to_keep(tmp_path: Path) -> None:
+    """After a faulty scan was mended the same command must start, without --overwrite."""
+    with pytest.raises(QuorumLost):
+        run(tmp_path, study_of(), Sites(refuse("A", Reason.DATA_INVALID, kind="hello", since=0)))
+    store, _ = run(tmp_path, study_of(), Sites())
+    assert store.status == "complete"
