@@ -45,7 +45,9 @@ class Faults:
 
     def add(self, error: DataError, patient: str = "") -> None:
         """Keep a fault, of one patient or of the whole data set."""
-        self.lines.append(": ".join(part for part in (self.site, patient, str(error)) if part))
+        text = str(error)
+        named = text.startswith(f"{patient}:")
+        self.lines.append(": ".join(part for part in (self.site, "" if named else patient, text) if part))
 
     def raise_if_any(self) -> None:
         """Raise one DataError with a line per fault, at most :data:`MAX_LINES`, and the number of the others."""
