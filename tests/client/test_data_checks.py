@@ -45,7 +45,7 @@ def test_each_fault_is_one_line_that_names_the_thing(fault: str, warm: bool, tmp
         open_site(root, study, cache=tmp_path / "cache")
     line = str(caught.value)
     assert "\n" not in line
-    assert line.startswith("HT: sub-P001: sub-P001")
+    assert line.startswith("HT: sub-P001") and "sub-P001: sub-P001:" not in line
     for words in EXPECTED[fault]:
         assert words in line
     assert caught.value.exit_code == 2
