@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..models.optimizers import build_optimizer, optimizer_arrays, restore_optimizer
 from ..models.state import load_saved, save_arrays
 from .session import Session
 
@@ -31,13 +32,14 @@ def optimizer_for(session: Session, number: int) -> torch.optim.Optimizer:
     if training.optimizer_state == "keep" and session.optimizer is not None and session.optimizer_round == number - 1:
         return session.optimizer
     parameters = [p for p in session.network.parameters() if p.requires_grad]
-    rate, decay = training.learning_rate, training.weight_decay
-    optimizer: torch.optim.Optimizer
-    if training.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, rate, momentum=training.momentum, weight_decay=decay)
-    else:
-        kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-        optimizer = kind(parameters, rate, weight_decay=decay)
+    optimizer = build_optimizer(
+        training.optimizer,
+        parameters,
+        training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        noised=session.study.privacy.mode != "none",
+    )
     if training.optimizer_state == "keep" and number > 1:
         _restore(session.folder, number, optimizer)
     return optimizer
@@ -48,12 +50,7 @@ def keep_optimizer(session: Session, number: int, optimizer: torch.optim.Optimiz
     if session.study.training.optimizer_state == "reset":
         return
     session.optimizer, session.optimizer_round = optimizer, number
-    tensors = {
-        f"{index}/{key}": value.detach().cpu().numpy()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = optimizer_arrays(optimizer)
     if not tensors:
         return
     session.folder.mkdir(parents=True, exist_ok=True)
@@ -67,11 +64,7 @@ def _restore(folder: Path, number: int, optimizer: torch.optim.Optimizer) -> Non
     if not earlier:
         return
     arrays, _ = load_saved(earlier[-1])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, array in arrays.items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = torch.from_numpy(array.copy())
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_optimizer(optimizer, arrays)
 
 
 def _state_file(folder: Path, number: int) -> Path:

@@ -5,10 +5,14 @@ Every loss is a mean over images: the loss of a batch equals the mean of the los
 is what keeps patients apart. Losses that couple the images of a batch (``DiceLoss(batch=True)``, class weights or
 an ignored index with a batch mean) change a patient's gradient with who else is in the batch, and are not
 on offer.
+
+Dice and focal loss are written out here because MONAI's one-hot coding of the labels (1.6) does not work under
+``torch.func.vmap``, which private training uses; their values are MONAI's.
 """
 
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +23,8 @@ __all__ = ["LOSSES", "Loss", "build_loss"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits ``(B, C, *spatial)`` and int64 labels ``(B, *spatial)`` to a scalar; ``*spatial`` is empty for classes."""
 
+GAMMA = 2.0
+"""Exponent of the focal loss: 0 is cross entropy (over the number of classes); more looks at the hard voxels."""
 
 SMOOTH = 1.0
 """Voxels added to numerator and denominator of soft Dice. With MONAI's 1e-5 an image without foreground has loss 1
@@ -31,39 +37,39 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def _dice() -> Loss:
-    from monai.losses.dice import DiceLoss
-
-    dice = DiceLoss(
-        include_background=False,
-        to_onehot_y=True,
-        softmax=True,
-        batch=False,
-        smooth_nr=SMOOTH,
-        smooth_dr=SMOOTH,
-    )
-    return lambda logits, labels: dice(logits, labels[:, None])
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - soft Dice, smoothed by :data:`SMOOTH`, mean over images and foreground labels (Milletari et al. 2016)."""
+    predicted = torch.softmax(logits, 1)[:, 1:].flatten(2)
+    truth = _one_hot(labels, logits)[:, 1:].flatten(2)
+    overlap = (predicted * truth).sum(-1)
+    size = predicted.sum(-1) + truth.sum(-1)
+    return (1 - (2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
 
 
-def _dice_ce() -> Loss:
-    dice = _dice()
-    return lambda logits, labels: dice(logits, labels) + cross_entropy(logits, labels)
+def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of :func:`dice` and :func:`cross_entropy`."""
+    return dice(logits, labels) + cross_entropy(logits, labels)
 
 
-def _focal() -> Loss:
-    from monai.losses.focal_loss import FocalLoss
+def focal(logits: Tensor, labels: Tensor) -> Tensor:
+    """Focal loss, mean over voxels, classes and images (Lin et al. 2017)."""
+    log_p = torch.log_softmax(logits, 1)
+    return -((1 - log_p.exp()) ** GAMMA * log_p * _one_hot(labels, logits)).mean()
 
-    focal = FocalLoss(include_background=True, to_onehot_y=True, use_softmax=True, gamma=2.0)
-    return lambda logits, labels: focal(logits, labels[:, None])
+
+def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels ``(B, *spatial)`` as 0 and 1, ``(B, C, *spatial)`` like the logits."""
+    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    return (labels[:, None] == classes).to(logits.dtype)
 
 
-LOSSES: Mapping[str, Callable[[], Loss]] = {
-    "dice_ce": _dice_ce,
-    "dice": _dice,
-    "cross_entropy": lambda: cross_entropy,
-    "focal": _focal,
+LOSSES: Mapping[str, Loss] = {
+    "dice_ce": dice_ce,
+    "dice": dice,
+    "cross_entropy": cross_entropy,
+    "focal": focal,
 }
-"""Builders of the losses. ``dice``: soft Dice of the foreground labels, mean per image and label (Milletari et al.
+"""The losses. ``dice``: soft Dice of the foreground labels, mean per image and label (Milletari et al.
 2016); ``dice_ce``: its sum with cross entropy; ``focal``: gamma 2 (Lin et al. 2017)."""
 
 
@@ -77,4 +83,4 @@ def build_loss(name: str, task: TaskSection) -> Loss:
         raise ValueError(f'loss "{name}" is not on offer; choose one of {", ".join(LOSSES)}')
     if task.kind == "classification" and name.startswith("dice"):
         raise ValueError(f'loss "{name}" is for segmentation; use "cross_entropy" or "focal"')
-    return LOSSES[name]()
+    return LOSSES[name]

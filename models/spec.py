@@ -10,8 +10,15 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["ModelSection", "Section", "TaskSection", "contradiction"]
+__all__ = ["ModelSection", "Section", "TaskSection", "Trainable", "contradiction"]
 
+Trainable = Annotated[
+    Literal["all", "norm+bias", "norm+bias+head", "head", "decoder"],
+    Field(
+        description="Parameters that are trained; the others stay as they came. norm+bias: normalisations, slopes of "
+        "activations and biases; head: the last layer; decoder: the upward path of a unet, with its head."
+    ),
+]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9 _-]{0,31}$")]
 
 

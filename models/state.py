@@ -14,11 +14,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # what only reads and writes arrays (the hospital's runner) does without torch
+    from torch import Tensor, nn
 
 __all__ = ["Arrays", "digest", "load_arrays", "load_saved", "save_arrays", "to_arrays"]
 
@@ -28,20 +30,24 @@ Arrays = Mapping[str, NDArray[np.generic]]
 _ORDER = "fedneuro.order"  # safetensors sorts by name; this entry keeps the network's order.
 
 
-def to_arrays(network: nn.Module) -> dict[str, NDArray[np.generic]]:
+def to_arrays(network: "nn.Module") -> dict[str, NDArray[np.generic]]:
     """The state of ``network`` as C-contiguous arrays in main memory that share nothing with it."""
+    import torch
+
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).numpy()
         for name, tensor in _floating(network).items()
     }
 
 
-def load_arrays(network: nn.Module, arrays: Arrays) -> None:
+def load_arrays(network: "nn.Module", arrays: Arrays) -> None:
     """Write ``arrays`` into ``network``, in place; the network shares nothing with them. Read-only arrays will do.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of the network; nothing has been written then.
     """
+    import torch
+
     targets = _floating(network)
     if set(targets) != set(arrays):
         odd = sorted(set(targets) ^ set(arrays))
@@ -117,7 +123,7 @@ def load_saved(path: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, st
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def _floating(network: nn.Module) -> dict[str, Tensor]:
+def _floating(network: "nn.Module") -> "dict[str, Tensor]":
     """Floating-point parameters and buffers, by name, in the network's order; they alias the network."""
     return {n: t for n, t in network.state_dict(keep_vars=True).items() if t.is_floating_point()}
 

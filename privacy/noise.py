@@ -46,16 +46,35 @@ class SecureRandom:
 
     def normal(self, n: int) -> NDArray[np.float64]:
         """``n`` independent standard normal numbers, exact to 53 bits of each uniform (tails end at 8.57)."""
+        import torch  # a runner that reads messages and never draws does without
+
         values = np.empty(n)
+        half = _CHUNK // 2
+        radius, angle, turned = np.empty(half), np.empty(half), torch.empty(half, dtype=torch.float64)
         for start in range(0, n, _CHUNK):
             part = values[start : start + _CHUNK]
-            half = (len(part) + 1) // 2
-            uniform = self.uniform(2 * half)
-            radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:half]))  # 1 - u is never 0
-            angle = uniform[half:] * (2.0 * np.pi)
-            np.multiply(radius, np.cos(angle), out=part[:half])
-            rest = len(part) - half
-            np.multiply(radius[:rest], np.sin(angle[:rest]), out=part[half:])
+            first = (len(part) + 1) // 2
+            r, a, t = radius[:first], angle[:first], turned[:first]
+            words = self._words(2 * first) >> np.uint64(11)
+            np.multiply(words[:first], -(2.0**-53), out=r)
+            np.add(r, 1.0, out=r)  # 1 - u, which is exact, and never 0
+            np.log(r, out=r)
+            np.multiply(r, -2.0, out=r)
+            np.sqrt(r, out=r)
+            np.multiply(words[first:], 2.0**-53 * 2.0 * np.pi, out=a)
+            # PyTorch's cosine and sine are vectorised in float64, NumPy's are not: a third of the time.
+            np.multiply(r, torch.cos(torch.from_numpy(a), out=t).numpy(), out=part[:first])
+            rest = len(part) - first
+            turned_back = torch.sin(torch.from_numpy(a), out=t).numpy()
+            np.multiply(r[:rest], turned_back[:rest], out=part[first:])
+        return values
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        """``n`` uniform 64-bit words."""
+        values = np.empty(n, np.uint64)
+        for start in range(0, n, _CHUNK):
+            part = values[start : start + _CHUNK]
+            part[:] = self._words(len(part))
         return values
 
     def poisson_sample(self, n: int, rate: float) -> NDArray[np.intp]:

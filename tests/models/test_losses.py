@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedneuro.models.losses import LOSSES, build_loss
+from fedneuro.models.losses import LOSSES, SMOOTH, build_loss
 from fedneuro.models.spec import TaskSection
 
 SEGMENTATION = TaskSection(labels=("oedema", "core"))
@@ -91,3 +91,31 @@ def test_unsuited_losses_are_refused() -> None:
         build_loss("dice", CLASSIFICATION)
     with pytest.raises(ValueError, match="choose one of dice_ce, dice"):
         build_loss("tversky", SEGMENTATION)
+
+
+@pytest.mark.parametrize("task", [SEGMENTATION, CLASSIFICATION])
+def test_focal_and_dice_and_their_gradients_equal_monai(task: TaskSection) -> None:
+    from monai.losses.dice import DiceLoss
+    from monai.losses.focal_loss import FocalLoss
+
+    oracles: dict[str, torch.nn.Module] = {
+        "focal": FocalLoss(include_background=True, to_onehot_y=True, use_softmax=True, gamma=2.0)
+    }
+    if task is SEGMENTATION:
+        oracles["dice"] = DiceLoss(
+            include_background=False, to_onehot_y=True, softmax=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH
+        )
+    for name, oracle in oracles.items():
+        logits, labels = batch(task)
+        logits.requires_grad_()
+        ours, theirs = build_loss(name, task)(logits, labels), oracle(logits, labels[:, None])
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits))
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_every_loss_works_under_vmap(name: str, task: TaskSection) -> None:
+    loss = build_loss(name, task)
+    logits, labels = batch(task)
+    together = torch.vmap(loss)(logits[:, None], labels[:, None])
+    torch.testing.assert_close(together.mean(), loss(logits, labels))

@@ -16,12 +16,12 @@ from fedneuro.models.spec import ModelSection, TaskSection
 from fedneuro.privacy.dpsgd import (
     Loss,
     PatientGradient,
-    _check_apart,
-    _synthetic_patients,
     check_network,
     largest_contribution,
     self_test,
+    synthetic_patients,
 )
+from fedneuro.privacy.dpsgd.proof import _check_apart
 from fedneuro.privacy.errors import BadInput, Refused
 from fedneuro.privacy.noise import SecureRandom
 
@@ -67,7 +67,7 @@ def clipped_sum(network: nn.Module, loss: Loss, clip: float, patients: Sequence[
     engine = engine_for(network, loss, clip=clip)
     for images, labels in patients:
         engine.accumulate(images, labels)
-    return engine._sum.clone()
+    return engine.take_sum()
 
 
 def patient_gradient(network: nn.Module, loss: Loss, patient: Patient) -> Tensor:
@@ -81,7 +81,7 @@ def test_no_patient_moves_the_sum_by_more_than_the_clip(case: str, loss_name: st
     """Leave one out, with an outlier among the patients, through the code that trains."""
     network, loss, shape = make(case, loss_name)
     self_test(network, loss, shape, clip=0.05)
-    patients = _synthetic_patients(network.eval(), shape)
+    patients = synthetic_patients(network.eval(), shape)
     found = largest_contribution(lambda members: clipped_sum(network, loss, 0.05, members), patients) / 0.05
     assert 0.99 < found <= 1 + 1e-5, "the outlier must reach the bound, and stay below it"
 
@@ -89,7 +89,7 @@ def test_no_patient_moves_the_sum_by_more_than_the_clip(case: str, loss_name: st
 @pytest.mark.parametrize("case", ["unet-2d", "unet-3d", "resnet-2d"])
 def test_the_sum_equals_brute_force(case: str) -> None:
     network, loss, shape = make(case)
-    patients = _synthetic_patients(network, shape)
+    patients = synthetic_patients(network, shape)
     norms = [float(patient_gradient(network, loss, p).norm()) for p in patients]
     clip = sorted(norms)[1]  # one patient below the bound, one on it, one above
     expected = sum(
@@ -210,17 +210,16 @@ def test_the_self_test_refuses_batch_norm_and_batch_dice() -> None:
     coupled = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     with pytest.raises(Refused, match="couples patients"):
         self_test(network, lambda logits, labels: coupled(logits, labels[:, None]), shape, clip=1.0)
-    weights = torch.tensor([1.0, 20.0])
-    weighted = nn.CrossEntropyLoss(weight=weights)
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 20.0]))
     with pytest.raises(Refused, match="couples patients"):
-        self_test(network, weighted, shape, clip=1.0)
+        self_test(network, lambda logits, labels: weighted(logits, labels), shape, clip=1.0)
     with pytest.raises(BadInput, match=r"layer model.* is BatchNorm2d.*use InstanceNorm or GroupNorm"):
         self_test(with_batch_norm(network), loss, shape, clip=1.0)
 
 
 def test_running_statistics_are_refused() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.InstanceNorm2d(2, track_running_stats=True))
-    with pytest.raises(BadInput, match=r"layer 1 \(InstanceNorm2d\) keeps running statistics"):
+    with pytest.raises(BadInput, match=r"layer 1 is InstanceNorm2d: it keeps running statistics"):
         check_network(network)
     check_network(nn.Sequential(nn.Conv2d(1, 2, 1), nn.InstanceNorm2d(2)))
 
@@ -270,10 +269,10 @@ class Doubled(PatientGradient):
 
 
 def test_the_self_test_refuses_a_faulty_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedneuro.privacy import dpsgd
+    from fedneuro.privacy.dpsgd import proof
 
     network, loss, shape = make("unet-2d")
-    monkeypatch.setattr(dpsgd, "PatientGradient", Doubled)
+    monkeypatch.setattr(proof, "PatientGradient", Doubled)
     with pytest.raises(Refused, match=r"SegmentationUNet: one patient moves the clipped sum by 2\.0"):
         self_test(network, loss, shape, clip=0.05)
 
@@ -314,7 +313,7 @@ def test_noise_has_the_promised_deviation_and_no_other() -> None:
 
 def test_the_mean_of_the_noised_gradient_is_the_clipped_sum() -> None:
     network, loss, shape = make("unet-2d")
-    patients = _synthetic_patients(network, shape)
+    patients = synthetic_patients(network, shape)
     expected = clipped_sum(network, loss, 0.05, patients).double() / 4.0
     engine = engine_for(network, loss, noise_multiplier=1e-4)
     for images, labels in patients:
@@ -327,7 +326,7 @@ def test_noise_lies_on_a_fixed_grid() -> None:
     """Multiples of a power of two that depends on σC alone, whatever the sum was."""
     network, loss, shape = make("unet-2d")
     engine = engine_for(network, loss, clip=1.0, noise_multiplier=1.0, expected_patients=1.0)
-    for images, labels in _synthetic_patients(network, shape):
+    for images, labels in synthetic_patients(network, shape):
         engine.accumulate(images, labels)
     found = noised(engine, network) * 2.0**20
     assert torch.equal(found, found.round())
@@ -345,7 +344,7 @@ def test_two_runs_with_the_same_seeds_give_different_noise() -> None:
 def test_an_empty_batch_is_a_step_of_noise() -> None:
     network, loss, shape = make("unet-2d")
     engine = engine_for(network, loss)
-    for images, labels in _synthetic_patients(network, shape):
+    for images, labels in synthetic_patients(network, shape):
         engine.accumulate(images, labels)
     engine.finish()
     report = engine.finish()  # nobody was chosen
@@ -357,15 +356,15 @@ def test_an_empty_batch_is_a_step_of_noise() -> None:
 
 def test_a_patient_who_is_not_finite_counts_as_zero() -> None:
     network, loss, shape = make("unet-2d")
-    patients = _synthetic_patients(network, shape)
+    patients = synthetic_patients(network, shape)
     expected = clipped_sum(network, loss, 0.05, patients)
     engine = engine_for(network, loss)
     for poison in (math.nan, math.inf):
         engine.accumulate(torch.full_like(patients[0][0], poison), patients[0][1])
     for images, labels in patients:
         engine.accumulate(images, labels)
-    assert torch.equal(engine._sum, expected)
-    report = engine.finish()
+    assert torch.equal(engine.take_sum(), expected)
+    report = engine.report()
     assert (report.patients, report.non_finite) == (5, 2)
     assert report.clipped == sum(float(patient_gradient(network, loss, p).norm()) > 0.05 for p in patients)
     assert report.loss == pytest.approx(sum(float(loss(network(i), y).detach()) for i, y in patients) / 3, rel=1e-5)
@@ -375,7 +374,7 @@ def test_the_bare_sum_is_out_of_the_optimisers_reach() -> None:
     network, loss, shape = make("unet-2d")
     engine = engine_for(network, loss)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    images, labels = _synthetic_patients(network, shape)[0]
+    images, labels = synthetic_patients(network, shape)[0]
     engine.finish()
     engine.accumulate(images, labels)
     before = [p.clone() for p in network.parameters()]
@@ -401,14 +400,15 @@ def test_frozen_and_unused_parameters() -> None:
 
 def test_bfloat16_keeps_the_bound() -> None:
     network, loss, shape = make("unet-2d")
-    patients = _synthetic_patients(network, shape)
+    patients = synthetic_patients(network, shape)
 
     def summed(members: Sequence[Patient]) -> Tensor:
         engine = engine_for(network, loss, autocast=torch.bfloat16)
         for images, labels in members:
             engine.accumulate(images, labels)
-        assert engine._sum.dtype == torch.float32
-        return engine._sum.clone()
+        total = engine.take_sum()
+        assert total.dtype == torch.float32
+        return total
 
     assert 0.99 < largest_contribution(summed, patients) / 0.05 <= 1 + 1e-5
     exact = clipped_sum(network, loss, 0.05, patients[:1])
@@ -437,4 +437,4 @@ def test_a_network_without_trainable_parameters_is_refused() -> None:
 
 def test_the_apartness_check_accepts_what_is_apart() -> None:
     network, loss, shape = make("resnet-2d")
-    _check_apart(network, loss, _synthetic_patients(network, shape), "ResNet")
+    _check_apart(network, loss, synthetic_patients(network, shape), "ResNet")
