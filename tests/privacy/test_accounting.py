@@ -3,14 +3,19 @@
 
 import math
 import time
+from collections.abc import Iterable
 from typing import cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedneuro.privacy.accounting import COARSE_GRID, MIN_NOISE, GaussianEvent, calibrate, cross_check, epsilon
-from fedneuro.privacy.errors import BadInput
+from fedneuro.privacy.accounting import COARSE_GRID, MIN_NOISE, GaussianEvent, calibrate, cross_check, epsilon, merge
+from fedneuro.privacy.budget import Budget, site_delta
+from fedneuro.privacy.errors import BadInput, Reason, Refused
+from fedneuro.privacy.second_opinion import agree, prv_lower_bound
 
 # q, steps, σ, δ, ε (PLD at 1e-4) as measured in the design notes on privacy, §3.
 PUBLISHED = [
@@ -22,6 +27,7 @@ PUBLISHED = [
     (1.0, 100, 20.0, 1e-5, 1.993),
     (0.01, 10, 10.0, 1e-5, 0.0078),
 ]
+"""The last ε is given there as 0.008; dp-accounting itself has 0.0078."""
 
 
 def event(q: float, sigma: float, count: int = 1) -> GaussianEvent:
@@ -67,6 +73,96 @@ def test_events_compose_and_merge() -> None:
     assert epsilon(mixed, 1e-3) == epsilon(mixed[::-1], 1e-3)
     assert max(epsilon([e], 1e-3) for e in mixed) < epsilon(mixed, 1e-3) < sum(epsilon([e], 1e-3) for e in mixed)
     assert cross_check(mixed, 1e-3) > epsilon(mixed, 1e-3)
+
+
+def test_mixed_events_compose_as_dp_accounting_composes_them() -> None:
+    """Its own accountant, fed with its own events; unmerged and in another order too."""
+    from dp_accounting import (
+        ComposedDpEvent,
+        DpEvent,
+        GaussianDpEvent,
+        NeighboringRelation,
+        PoissonSampledDpEvent,
+        SelfComposedDpEvent,
+    )  # fmt: skip
+    from dp_accounting.pld import PLDAccountant
+
+    events = [event(0.1, 2.0, 50), event(1.0, 30.0, 4), event(0.25, 6.0, 40), event(0.1, 2.0, 10)]
+
+    def theirs(kinds: Iterable[tuple[float, float, int]], grid: float) -> float:
+        own: list[DpEvent] = [
+            SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(s)) if q < 1 else GaussianDpEvent(s), n)
+            for q, s, n in kinds
+        ]
+        accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, grid)
+        accountant.compose(ComposedDpEvent(own))
+        return float(accountant.get_epsilon(1e-4))
+
+    for grid in (COARSE_GRID, 1e-4):
+        ours = epsilon(events, 1e-4, grid=grid)
+        assert ours == pytest.approx(theirs(merge(events), grid), rel=1e-9)
+        as_they_came = [(e.sample_rate, e.noise_multiplier, e.count) for e in reversed(events)]
+        assert ours == pytest.approx(theirs(as_they_came, grid), rel=1e-9)
+
+
+@pytest.mark.parametrize(("q", "steps", "sigma", "delta", "expected"), PUBLISHED)
+def test_the_second_opinions_stand_on_both_sides(
+    q: float, steps: int, sigma: float, delta: float, expected: float
+) -> None:
+    lower = prv_lower_bound(merge([event(q, sigma, steps)]), delta)
+    if steps < 100_000:
+        assert lower is not None
+        assert expected - 0.015 < lower <= expected, "PRV's bracket is ± 0.01"
+    else:
+        assert lower is None, "too long a grid"
+    agree([event(q, sigma, steps)], delta, expected)
+    with pytest.raises(Refused, match="Rényi") as caught:
+        agree([event(q, sigma, steps)], delta, 1.3 * cross_check([event(q, sigma, steps)], delta) + 0.01)
+    assert caught.value.reason is Reason.ACCOUNTING_DISAGREES
+    if lower:
+        with pytest.raises(Refused, match="proves to be spent"):
+            agree([event(q, sigma, steps)], delta, 0.97 * expected - 0.01)
+
+
+rates = st.sampled_from([0.05, 0.25, 1.0])
+sigmas = st.sampled_from([2.0, 5.0, 20.0])
+counts = st.integers(1, 40)
+deltas = st.sampled_from([1e-2, 1e-3, 1e-5])
+
+
+@settings(max_examples=10)
+@given(rates, sigmas, counts, deltas, st.sampled_from([1.05, 2.0]))
+def test_epsilon_is_monotone(q: float, sigma: float, count: int, delta: float, factor: float) -> None:
+    """More noise or a larger δ costs less; a higher rate, more releases or another event cost more."""
+
+    def cost(q: float = q, sigma: float = sigma, count: int = count, delta: float = delta) -> float:
+        return epsilon([event(q, sigma, count)], delta, grid=COARSE_GRID)
+
+    here = cost()
+    assert cost(sigma=sigma * factor) <= here
+    assert cost(delta=min(0.5, delta * factor)) <= here
+    assert cost(q=min(1.0, q * factor)) >= here * (1 - 1e-9)
+    assert cost(count=math.ceil(count * factor)) >= here
+    assert epsilon([event(q, sigma, count), event(0.25, 5.0)], delta, grid=COARSE_GRID) >= here
+    assert 0 <= here <= cross_check([event(q, sigma, count)], delta) * 1.005 + 2 * COARSE_GRID
+
+
+@pytest.mark.parametrize("size", [1, 9, 10, 11, 60, 99, 100, 101, 12_345])
+def test_delta_is_the_largest_power_of_ten_that_leaves_nobody_out(size: int) -> None:
+    delta = site_delta(0.0, size)
+    assert delta <= 1 / (10 * size) < 10 * delta * (1 + 1e-12)
+    assert math.log10(delta) == pytest.approx(round(math.log10(delta)), abs=1e-12)
+    assert delta < 1 / size, "so the gate never refuses it"
+    assert site_delta(1e-7, size) == 1e-7
+
+
+def test_senseless_deltas_and_budgets_are_refused() -> None:
+    for delta, size in ((-1e-9, 5), (1.0, 5), (math.nan, 5), (0.0, 0)):
+        with pytest.raises(BadInput):
+            site_delta(delta, size)
+    for cost, delta in ((0.0, 1e-5), (-1.0, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)):
+        with pytest.raises(BadInput, match="budget"):
+            Budget(epsilon=cost, delta=delta)
 
 
 def test_three_phases_as_published() -> None:
