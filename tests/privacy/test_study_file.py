@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study file: every kind of fault gives one line with place, key, finding and remedy; valid files round-trip."""
 
+import hashlib
 import json
 import re
 import tomllib
@@ -12,7 +13,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 
-from fedneuro.privacy.errors import StudyError
+from fedneuro.privacy.errors import ContractViolation, StudyError
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.study_file import describe, json_schema, load_study, reference_markdown
 from fedneuro.privacy.study_words import section_schemas, toml_value
@@ -179,6 +180,42 @@ def test_byte_order_mark_of_windows_editors_is_accepted(tmp_path: Path) -> None:
             "rounds = 3\nrounds = 4",
             "toy.toml:14: training.rounds is given twice, first in line 13; remove one",
         ),
+        (
+            "local_steps = 2",
+            "local_steps = 2\n[training.init]\nsteps = 0",
+            "toy.toml:16: training.init.steps = 0: expected an integer from 1 to 1000000",
+        ),
+        (
+            "local_steps = 2",
+            "local_steps = 2\ninit.form = 1",
+            "toy.toml:15: training.init.form = 1: unknown key; did you mean from? (allowed: from, steps, ",
+        ),
+        (
+            "rounds = 3",
+            "init = 3",
+            "toy.toml:13: training.init = 3: expected a section: [training.init] on a line of its own",
+        ),
+        (
+            "local_steps = 2",
+            'local_steps = 2\n[training.init]\nlesions = ["mass", "mas"]',
+            'toy.toml:16: training.init.lesions = ["mass", "mas"]: expected a list of 1 to 16 names out of "blob", '
+            '"mass", "multifocal", "wedge"; item 2 is "mas"; did you mean "mass"?',
+        ),
+        (
+            "local_steps = 2",
+            'local_steps = 2\n[training.init]\nfrom = "checkpoint"',
+            'toy.toml:15: training.init.sha256: no sha256 with from = "checkpoint"; give what sha256sum prints',
+        ),
+        (
+            "local_steps = 2",
+            'local_steps = 2\n[training.init]\npath = "model.safetensors"',
+            'toy.toml:16: training.init.path: path with from = ""; path belongs to from = "checkpoint"',
+        ),
+        (
+            "[training]",
+            '[task]\nlabels = ["a", "b"]\n[training]\ninit.from = "phantoms"',
+            "toy.toml:15: training.init.from: phantoms for segmentation of 2 labels; phantoms teach",
+        ),
         ("[data]", "[study]", "toy.toml:5: study is given twice, first in line 2; remove one of them"),
         (
             "rounds = 3",
@@ -286,6 +323,16 @@ def test_the_last_override_wins_and_an_override_mends_the_file(tmp_path: Path) -
             "--set data.patch=[32, 32: [32, 32 is not a TOML value; strings need quotes, lists brackets",
         ),
         ("study.description=two words", "--set study.description=two words: two words is not a TOML value; strings"),
+        ("training.init=4", "--set training.init=4: expected a section: [training.init] on a line of its own"),
+        ("training.rounds.x=4", "--set training.rounds.x=4: expected section.key=value, such as"),
+        (
+            "training.init.steps=x",
+            "--set training.init.steps=x: expected an integer from 1 to 1000000, found the string",
+        ),
+        (
+            "training.init.from=phantom",
+            '--set training.init.from=phantom: expected one of "", "phantoms", "checkpoint"; did you mean "phantoms"?',
+        ),
         ("training.rounds=", "--set training.rounds=: nothing is not a TOML value; strings need quotes"),
     ],
 )
@@ -409,7 +456,8 @@ def test_whatever_stands_in_a_study_is_a_study_or_one_line_per_fault(
     given_keys = {("study", "name"), ("training", "local_steps")}
     for (section, key), value in keys:
         if (section, key) not in given_keys:
-            lines.append(f"{toml_value(section)}.{toml_value(key)} = {toml_value(value)}")
+            table = section if section in section_schemas() else toml_value(section)
+            lines.append(f"{table}.{toml_value(key)} = {toml_value(value)}")
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_text("\n".join(lines), encoding="utf-8", newline="")
     try:
@@ -436,6 +484,21 @@ def test_comments_order_and_written_out_defaults_leave_the_hash_alone(tmp_path: 
     other = training + '[data]\nmodalities=["FLAIR","T1w"]\n[study]\nname="toy"\n'
     assert load_study(write(tmp_path, other)).hash == first
     assert load_study(write(tmp_path, VALID), ["study.seed=1"]).hash != first
+
+
+def test_path_of_a_checkpoint_is_no_part_of_the_study(tmp_path: Path) -> None:
+    """Its digest is: the path stays at the coordinator, and a study that comes in a message may not name one."""
+    sets = ["training.init.from=checkpoint", f'training.init.sha256="{"a" * 64}"']
+    bare = load_study(write(tmp_path, VALID), sets)
+    study = load_study(write(tmp_path, VALID), [*sets, 'training.init.path="/data/model.safetensors"'])
+    assert study.training.init.path == "/data/model.safetensors"
+    assert study.canonical == bare.canonical
+    assert load_study(write(tmp_path, describe(study))) == study
+    assert Study.from_canonical(study.canonical, study.hash).training.init.path == ""
+    assert load_study(write(tmp_path, VALID), [sets[0], f'training.init.sha256="{"b" * 64}"']).hash != study.hash
+    forged = study.canonical.replace(b'"init":{', b'"init":{"path":"/etc/passwd",')
+    with pytest.raises(ContractViolation, match="canonical"):
+        Study.from_canonical(forged, hashlib.sha256(forged).hexdigest())
 
 
 def test_json_schema_accepts_what_is_valid_and_refuses_what_is_not() -> None:

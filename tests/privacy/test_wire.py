@@ -20,6 +20,7 @@ from fedneuro.privacy.contract import (
     EvaluateReply,
     HelloReply,
     Kind,
+    Receipt,
     Refusal,
     Reply,
     Request,
@@ -35,6 +36,8 @@ ARRAYS: dict[str, NDArray[Any]] = {
     "b.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "a.count": np.array(3, np.int64),
 }
+
+RECEIPT = Receipt(count=3, head="0123456789abcdef")
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
 names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=40)
@@ -66,6 +69,9 @@ replies = st.one_of(
         loss=optional,
         epsilon=optional,
         noise_multiplier=optional,
+        attempt=st.none() | st.integers(1, 100),
+        receipt=st.none()
+        | st.builds(Receipt, count=st.integers(1, 10**9), head=st.from_regex(r"[0-9a-f]{16}", fullmatch=True)),
     ),
     st.builds(
         EvaluateReply,
@@ -131,6 +137,14 @@ def test_a_hello_carries_no_model() -> None:
         encode_request(Request(kind="hello", study=STUDY, arrays=ARRAYS))
 
 
+def test_a_receipt_is_shown_with_train_only() -> None:
+    assert decode_request(request_content()).receipt == RECEIPT
+    with pytest.raises(ContractViolation, match="receipt does not suit"):
+        encode_request(Request(kind="evaluate", study=STUDY, round=1, arrays=ARRAYS, receipt=RECEIPT))
+    with pytest.raises(ContractViolation, match="sixteen"):
+        Receipt(count=1, head="short")
+
+
 def test_nan_and_infinity_in_arrays_keep_their_bits() -> None:
     odd = np.array([0x7FC00001, 0xFF800000, 0x80000000], np.uint32).view(np.float32)
     back = decode_request(travel(encode_request(Request(kind="train", study=STUDY, round=1, arrays={"w": odd}))))
@@ -151,13 +165,14 @@ def test_a_scalar_that_is_not_finite_neither_leaves_nor_enters() -> None:
 
 
 def request_content() -> RecordDict:
-    return travel(encode_request(Request(kind="train", study=STUDY, round=1, arrays=ARRAYS)))
+    return travel(encode_request(Request(kind="train", study=STUDY, round=1, arrays=ARRAYS, receipt=RECEIPT)))
 
 
 def train_content() -> RecordDict:
     reply = TrainReply(
-        site="A", round=1, arrays=ARRAYS, steps=2, seconds=1.0, loss=0.1, epsilon=1.0, noise_multiplier=2.0
-    )
+        site="A", round=1, arrays=ARRAYS, steps=2, seconds=1.0, loss=0.1, epsilon=1.0, noise_multiplier=2.0,
+        attempt=2, receipt=RECEIPT,
+    )  # fmt: skip
     return travel(encode_reply(reply))
 
 
@@ -181,7 +196,7 @@ CONTENTS: dict[str, tuple[Callable[[], Any], Callable[[RecordDict], Any]]] = {
     "hello": (hello_content, decode_reply),
     "refusal": (refusal_content, decode_reply),
 }
-OPTIONAL = {"loss", "epsilon", "noise-multiplier"}
+OPTIONAL = {"loss", "epsilon", "noise-multiplier", "attempt", "receipt"}
 
 
 @pytest.mark.parametrize("name", CONTENTS)
@@ -246,6 +261,12 @@ def test_every_key_is_needed_typed_and_the_only_one(name: str) -> None:
         ("request", "request", "shapes", ["2,3,", ""]),
         ("request", "request", "shapes", ["999999999999,999999999999", ""]),
         ("request", "request", "shapes", ["1,1,1,1,1,1,1,2,3", ""]),
+        ("request", "request", "receipt", "3"),
+        ("request", "request", "receipt", "0:0123456789abcdef"),
+        ("request", "request", "receipt", "3:0123456789ABCDEF"),
+        ("train", "reply", "receipt", "-3:0123456789abcdef"),
+        ("train", "reply", "receipt", f"{'9' * 16}:0123456789abcdef"),
+        ("train", "reply", "attempt", -1),
         ("train", "reply", "type", "hello"),
         ("train", "reply", "type", "refusal"),
         ("train", "reply", "site", "../A"),
