@@ -7,7 +7,9 @@ nilearn carries, seen by the scanner of an invented hospital, with invented lesi
 - :mod:`.anatomy`: a deformed head as tissue fractions on a voxel grid;
 - :mod:`.style`: how a hospital's scanner sees: contrast, bias field, noise, voxels, storage;
 - :mod:`.scan`: lesions, and tissue fractions turned into grey values;
-- :mod:`.write`: patients, sites and federations as BIDS folders.
+- :mod:`.write`: patients, sites and federations as BIDS folders;
+- :mod:`.lesions`, :mod:`.face`, :mod:`.variety`: for pre-training, many kinds of lesions, what surrounds a brain, and
+  crops with another scanner each.
 """
 
 from .style import SiteStyle, style_of
