@@ -6,11 +6,31 @@ agreed network, finite and bounded (checked by the session, which knows the netw
 the request, and holds the agreed arrays and metrics only.
 """
 
-from ..privacy.contract import EvaluateReply, HelloReply, Request, Role, TrainReply, check_arrays, shapes_of
+import numpy as np
+
+from ..privacy.budget import site_delta
+from ..privacy.contract import (
+    SECURE_KINDS,
+    EvaluateReply,
+    HelloReply,
+    KeysReply,
+    MaskedReply,
+    Request,
+    Role,
+    SharesReply,
+    TrainReply,
+    UnmaskReply,
+    check_arrays,
+    shapes_of,
+)
 from ..privacy.errors import ContractViolation, Reason, Refused
 from .settings import SiteSettings
 
-__all__ = ["enter", "leave", "missing_arrays"]
+__all__ = ["Answer", "enter", "leave", "missing_arrays"]
+
+
+Answer = HelloReply | TrainReply | EvaluateReply | KeysReply | SharesReply | MaskedReply | UnmaskReply
+"""What a site may answer, but for a refusal."""
 
 
 def enter(request: Request, settings: SiteSettings) -> None:
@@ -34,16 +54,20 @@ def enter(request: Request, settings: SiteSettings) -> None:
             f"site {name}: the study asks for {asked}, the hospital grants role {settings.role.value}",
             reason=Reason.ROLE_REFUSED,
         )
-    if request.kind == "train" and settings.role is not Role.TRAIN:
+    trains = request.kind in SECURE_KINDS or request.kind == "train"
+    if trains and settings.role is not Role.TRAIN:
         raise Refused(f"site {name}: was asked to train, but is held out", reason=Reason.ROLE_REFUSED)
-    first, last = (1 if request.kind == "train" else 0), study.training.rounds
+    if trains and (request.kind in SECURE_KINDS) is not (study.privacy.mode == "distributed"):
+        raise ContractViolation(f'site {name}: {request.kind} does not suit privacy.mode = "{study.privacy.mode}"')
+    first, last = (1 if trains else 0), study.training.rounds
     if not first <= request.round <= last:
         raise ContractViolation(
             f"site {name}: round {request.round} of {request.kind}; the study has rounds {first} to {last}"
         )
-    if study.privacy.mode != "none" and study.privacy.delta >= 1 / settings.public_size:
+    delta = site_delta(study.privacy.delta, settings.public_size)
+    if study.privacy.mode != "none" and delta >= 1 / settings.public_size:
         raise Refused(
-            f"site {name}: privacy.delta = {study.privacy.delta:g} is not below 1 / public cohort size "
+            f"site {name}: privacy.delta = {delta:g} is not below 1 / public cohort size "
             f"(1/{settings.public_size}); choose a smaller delta"
         )
 
@@ -53,7 +77,7 @@ def missing_arrays(request: Request) -> ContractViolation:
     return ContractViolation(f"a {request.kind} request of round {request.round} carries no model")
 
 
-def leave(reply: HelloReply | TrainReply | EvaluateReply, request: Request) -> None:
+def leave(reply: Answer, request: Request) -> None:
     """Check a reply before it is handed to the transport.
 
     Raises:
@@ -66,6 +90,10 @@ def leave(reply: HelloReply | TrainReply | EvaluateReply, request: Request) -> N
         check_arrays(reply.arrays, shapes_of(request.arrays))
         if study.privacy.mode != "none" and reply.loss is not None:
             raise ContractViolation("a private study returns no training loss: it is not noised")
+    elif isinstance(reply, MaskedReply):
+        parameters = sum(array.size for array in (request.arrays or {}).values())
+        if reply.vector.dtype != np.uint64 or reply.vector.ndim != 1 or not 0 < reply.vector.size <= parameters:
+            raise ContractViolation("a masked vector is one uint64 word for each trainable parameter")
     elif isinstance(reply, EvaluateReply):
         labels = study.task.labels if study.task.kind == "segmentation" else ()
         allowed = {*study.metric_names, *(f"{m}_{label}" for m in study.metric_names for label in labels)}
