@@ -19,6 +19,7 @@ from .events import ignore
 from .flower_transport import FlowerTransport
 from .rounds import run_study
 from .store import RunStore
+from .study_signature import signed
 
 __all__ = ["app", "open_store", "read_study"]
 
@@ -30,9 +31,10 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study that the run's configuration names."""
-    study = read_study(Path(str(context.run_config["study"])))
+    path = Path(str(context.run_config["study"]))
+    study = read_study(path)
     with closing(open_store(Path(str(context.run_config["out"])), study)) as store:
-        run_study(study, FlowerTransport(grid), store, ignore)
+        run_study(study, signed(FlowerTransport(grid), path), store, ignore)
 
 
 def read_study(path: Path) -> Study:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..privacy.exits import run_command
+from . import cli_consortium
 
 __all__ = ["app", "main"]
 
@@ -37,6 +38,20 @@ def check(
 
 
 @app.command()
+def sign(
+    study: StudyFile,
+    key: Annotated[Path, typer.Option("--key", help="The coordinator's Ed25519 private key: ssh-keygen -t ed25519.")],
+) -> None:
+    """Sign a study, for hospitals whose policy approves what this key has signed."""
+    from ..privacy.study_file import load_study
+    from .study_signature import sign_files
+
+    canonical, signature, public = sign_files(load_study(study), study, key)
+    print(f"wrote {canonical} and {signature}")
+    print(f"public key, for [[studies.rules]] coordinator in policy.toml: {public}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the study file, for editors."""
     from ..privacy.study_file import json_schema
@@ -58,6 +73,9 @@ def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a 
         store.close()
     write_report(results, out / "report.html")
     print(out / "report.html")
+
+
+cli_consortium.register(app)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 __all__ = ["Event", "EventKind", "Observer", "ignore"]
 
 EventKind = Literal[
+    "pre-training",  # step, steps; simulations only, before the run is made
     "started",  # sites: {name: role}, rounds, first_round
     "round-started",
     "trained",  # site, loss, epsilon, seconds

@@ -60,6 +60,8 @@ class RunProgress:
             self._started = time.monotonic()
             self._bar.update(self._task, total=self._rounds, completed=event.round)
             self._say(f"{self._title}: {_roles(values['sites'])}; rounds {self._first} to {self._rounds}")
+        elif event.kind == "pre-training":
+            self._pre_training(values["step"], values["steps"])
         elif event.kind == "round-started":
             for site in self._sites.values():
                 site["fresh"] = False
@@ -78,6 +80,13 @@ class RunProgress:
             self._round_done(event)
         elif event.kind == "final-started":
             self._say(f"  final evaluation of round {event.round}")
+
+    def _pre_training(self, step: int, steps: int) -> None:
+        done = step == steps
+        what = self._title if done else f"pre-training on phantoms, step {step} of {steps}"
+        self._bar.update(self._task, description=what)
+        if done or not step:
+            self._say(f"{self._title}: pre-training on phantoms, {'done' if done else f'{steps} steps'}")
 
     def _round_done(self, event: Event) -> None:
         done = event.round - self._first + 1

@@ -8,6 +8,7 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from .charts import STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, Shape, dot_plot, line_chart
+from .report_start import start_of, start_title
 from .report_words import Json, curve_metric, is_mm, metric_name, number, with_interval
 
 __all__ = ["dot_shapes", "dots_chart", "metric_curve", "train_curve"]
@@ -30,9 +31,10 @@ def dots_chart(
             marks.append(
                 Mark(value=own["mean"], interval=tuple(own["ci95"]), note=f"{name}: {with_interval(main, own)}")
             )
-        if main in site.get("untrained", {}):
-            value = site["untrained"][main]["mean"]
-            marks.append(Mark(value=value, shape="diamond", note=f"{name}, untrained network: {number(main, value)}"))
+        if main in start_of(site):
+            value = start_of(site)[main]["mean"]
+            note = f"{name}, {start_title(results)}: {number(main, value)}"
+            marks.append(Mark(value=value, shape="diamond", note=note))
         for (title, other), (shape, _) in zip(comparators, cycle(COMPARED), strict=False):
             estimate = other.get(name, {}).get("metrics", {}).get(main)
             if estimate:
@@ -45,11 +47,11 @@ def dots_chart(
     return dot_plot(rows, label=f"{title} of each hospital", x_title=title, x_range=None if is_mm(main) else (0.0, 1.0))
 
 
-def dot_shapes(sites: Json, comparators: Sequence[tuple[str, Json]], main: str) -> list[tuple[str, str]]:
+def dot_shapes(results: Json, comparators: Sequence[tuple[str, Json]], main: str) -> list[tuple[str, str]]:
     """What each shape of the dot chart means, as (character, text)."""
     shapes = [("●", "this model, bar: 95 % interval")]
-    if any(main in site.get("untrained", {}) for site in sites.values()):
-        shapes.append(("◇", "untrained network"))
+    if any(main in start_of(site) for site in results["sites"].values()):
+        shapes.append(("◇", start_title(results)))
     return shapes + [(sign, title) for (title, _), (_, sign) in zip(comparators, cycle(COMPARED), strict=False)]
 
 

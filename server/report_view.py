@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ..privacy.errors import Reason
 from .report_charts import dot_shapes, dots_chart, metric_curve, train_curve
+from .report_start import start_of, start_title, verdicts
 from .report_words import (
     EXPLAINED,
     Json,
@@ -51,9 +52,11 @@ def build_view(results: Json) -> dict[str, Any]:
         "heldout_scores": _scores(results, heldout, comparators),
         "training_scores": _scores(results, training, comparators),
         "comparators": [title for title, _ in comparators],
+        "start": start_title(results),
+        "verdicts": verdicts(results, heldout or training, main),
         "gap": _gap(sites, training, heldout),
         "dots": dots_chart(results, [*heldout, *training], main, comparators),
-        "dots_shapes": dot_shapes(sites, comparators, main),
+        "dots_shapes": dot_shapes(results, comparators, main),
         "curve": metric_curve(results, training, heldout, main),
         "curve_label": metric_name(curve_metric(results, main)),
         "loss": train_curve(results, training, "loss", "mean training loss"),
@@ -80,7 +83,11 @@ def _price(results: Json, name: str) -> str:
     cost = max(spent.values(), default=None) if heldout else spent.get(name)
     if cost is None:
         return "nothing spent"
-    return f"ε {'≤' if heldout else '='} {epsilon_text(cost)}, δ = {privacy['delta']:g}"
+    deltas: Mapping[str, float] = privacy.get("delta_by_site", {})
+    if heldout:
+        # Its score owes to every training site: the weakest of their promises.
+        return f"ε ≤ {epsilon_text(cost)}, δ {'≤' if len(set(deltas.values())) > 1 else '='} {privacy['delta']:g}"
+    return f"ε = {epsilon_text(cost)}, δ = {deltas.get(name, privacy['delta']):g}"
 
 
 def _missing(results: Json, name: str, key: str) -> str:
@@ -113,7 +120,7 @@ def _scores(results: Json, names: Sequence[str], comparators: Sequence[tuple[str
                     "interval": interval_text(key, estimate) if estimate else "",
                     "n": estimate["n"] if estimate else "",
                     "missing": "" if estimate else _missing(results, name, key),
-                    "untrained": with_interval(key, site.get("untrained", {}).get(key)),
+                    "untrained": with_interval(key, start_of(site).get(key)),
                     "others": [with_interval(key, other.get(key)) for other in beside],
                 }
             )  # fmt: skip
@@ -124,7 +131,7 @@ def _card(results: Json, name: str, main: str, comparators: Sequence[tuple[str, 
     """The headline of one held-out hospital."""
     site = results["sites"][name]
     estimate = site["metrics"].get(main)
-    beside = [("untrained network", site.get("untrained", {}).get(main))]
+    beside = [(start_title(results), start_of(site).get(main))]
     beside += [(title, other.get(name, {}).get("metrics", {}).get(main)) for title, other in comparators]
     return {
         "site": name,
@@ -200,8 +207,10 @@ def _privacy(privacy: Json, training: Sequence[str]) -> dict[str, Any]:
     facts = [("unit", f"one {privacy['unit']}, with all scans")]
     for key, name in (
         ("neighbouring_relation", "neighbouring relation"), ("protects_against", "protects against"),
+        ("tolerate", "hospitals that may drop out or collude"),
         ("delta", "δ"), ("clip", "clipping norm C"), ("sample_rate", "sampling rate q per step"),
         ("steps", "private steps per hospital"), ("accountant", "accountant"),
+        ("metrics", "metrics that leave"), ("metrics_epsilon", "ε of all evaluations, for patients who do not train"),
     ):  # fmt: skip
         value = privacy.get(key)
         if value is not None:
@@ -212,6 +221,7 @@ def _privacy(privacy: Json, training: Sequence[str]) -> dict[str, Any]:
         {
             "site": name,
             "epsilon": epsilon_text(spent[name]) if name in spent else "nothing spent",
+            "delta": f"{privacy.get('delta_by_site', {}).get(name, privacy['delta']):g}" if name in spent else "–",
             "sigma": f"{sigma[name]:.3f}" if name in sigma else "–",
         }
         for name in training
@@ -224,8 +234,12 @@ def _worst(spent: Mapping[str, float]) -> str:
 
 
 def _toml(values: Json) -> str:
-    """A section of the effective study in TOML's notation, for reading."""
-    return "\n".join(f"{key} = {_toml_value(value)}" for key, value in values.items())
+    """A section of the effective study in TOML's notation, for reading; a table within it as dotted keys."""
+    lines = []
+    for key, value in values.items():
+        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        lines += [f"{name} = {_toml_value(item)}" for name, item in inner.items()]
+    return "\n".join(lines)
 
 
 def _toml_value(value: Any) -> str:

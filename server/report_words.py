@@ -7,6 +7,7 @@ from typing import Any, Final
 
 __all__ = [
     "EXPLAINED",
+    "PROTECTS_AGAINST",
     "Json",
     "curve_metric",
     "duration_text",
@@ -30,6 +31,14 @@ EXPLAINED: Final = {
     "accuracy": "Accuracy: share of patients whose class is right",
     "auroc": "AUROC: chance that a patient of a class is ranked above one of another class; 0.5 is guessing",
 }
+
+
+PROTECTS_AGAINST: Final = {
+    "local": "everyone who sees the update or the model, the coordinator included",
+    "distributed": "everyone who sees the model, and a coordinator that sees only the sum over the hospitals, alone or "
+    "with up to privacy.tolerate of them; not a coordinator with more",
+}
+"""Against whom each private mode protects a patient."""
 
 
 def metric_name(key: str) -> str:

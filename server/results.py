@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..models.state import digest, save_arrays
+from ..privacy.accounting import NEIGHBOURS
+from ..privacy.budget import site_delta
+from ..privacy.contract import Role
+from .report_words import PROTECTS_AGAINST
 from .rounds import select_round, training_value
 from .store import RunStore, dumps
 
@@ -18,10 +22,17 @@ RESULTS_VERSION = 1
 
 NOT_COVERED = (
     "choices made by looking at results: hyper-parameters, rounds, the selected round",
-    "metrics on validation patients and held-out patients, which are not noised",
     "public cohort sizes, and the presence of a hospital in the study",
     "a patient who was treated at two hospitals counts at each: the two ε compose",
 )
+
+
+EXACT_METRICS = "metrics on validation patients and held-out patients, which are not noised"
+RELEASED_METRICS = {
+    "suppress": "exact means over evaluated patients, none below the minimum cohort; training losses stay at the site",
+    "noise": "means over evaluated patients with Gaussian noise, charged to the site's ledger; training losses stay at "
+    "the site",
+}
 
 
 def build_results(store: RunStore) -> dict[str, Any]:
@@ -31,7 +42,8 @@ def build_results(store: RunStore) -> dict[str, Any]:
     by_round = {record.round: record for record in rounds}
     chosen = by_round.get(selected)
     metrics = final["metrics"] if final else (chosen.metrics if chosen else {})
-    untrained = by_round[0].metrics if 0 in by_round else {}
+    start = by_round[0].metrics if 0 in by_round else {}
+    initial = store.initial()
     value = training_value(chosen, study.select_metric, sites) if chosen and study.select_metric != "last" else None
     seen: dict[str, str] = {}
     for record in sites.values():
@@ -45,12 +57,18 @@ def build_results(store: RunStore) -> dict[str, Any]:
         "engine": store.engine,
         "selected_round": selected,
         "select": {"metric": study.select_metric, "value": value},
+        "start": {
+            "from": study.training.init.source,
+            "title": study.training.init.title,
+            "digest": None if initial is None else digest(initial),
+        },
         "sites": {
             name: {
                 "role": site.role,
                 "public_size": site.public_size,
                 "metrics": metrics.get(name, {}),
-                "untrained": untrained.get(name, {}),
+                "untrained": {} if study.training.init.source else start.get(name, {}),
+                "start": start.get(name, {}),
                 "state": site.state,
             }
             for name, site in sites.items()
@@ -70,7 +88,10 @@ def build_results(store: RunStore) -> dict[str, Any]:
 
 
 def _privacy(store: RunStore) -> dict[str, Any]:
-    """What was promised and spent. ε is what each site reported last, over all its rounds."""
+    """What was promised and spent. ε is what each site reported last, over all its rounds, at the site's own δ.
+
+    Where sites differ in δ, ``delta`` is the largest, and ``delta_by_site`` has all.
+    """
     privacy = store.study.privacy
     epsilon: dict[str, float] = {}
     sigma: dict[str, float] = {}
@@ -82,17 +103,27 @@ def _privacy(store: RunStore) -> dict[str, Any]:
     found: dict[str, Any] = {"mode": privacy.mode, "unit": "patient", "epsilon": dict(sorted(epsilon.items()))}
     if privacy.mode == "none":
         return {**found, "delta": None, "not_covered": ["everything: the study promises no privacy"]}
+    deltas = {
+        name: site_delta(privacy.delta, site.public_size)
+        for name, site in store.sites().items()
+        if site.role == Role.TRAIN.value
+    }
+    noised = privacy.metrics == "noise"
     return {
         **found,
-        "delta": privacy.delta,
-        "neighbouring_relation": "zero-out of one patient",
-        "protects_against": "everyone who sees the update or the model, the coordinator included",
+        "delta": max(deltas.values(), default=privacy.delta or None),
+        "delta_by_site": deltas,
+        "neighbouring_relation": NEIGHBOURS,
+        "protects_against": PROTECTS_AGAINST[privacy.mode],
+        "tolerate": privacy.tolerate if privacy.mode == "distributed" else None,
         "clip": privacy.clip,
         "sample_rate": privacy.sample_rate,
         "steps": store.study.total_steps,
         "noise_multiplier": dict(sorted(sigma.items())),
         "accountant": "PLD (dp-accounting)",
-        "not_covered": list(NOT_COVERED),
+        "metrics": RELEASED_METRICS[privacy.metrics],
+        "metrics_epsilon": privacy.metrics_epsilon if noised else None,
+        "not_covered": list(NOT_COVERED if noised else (NOT_COVERED[0], EXACT_METRICS, *NOT_COVERED[1:])),
     }
 
 

@@ -2,10 +2,11 @@
 """The life of a study at the coordinator: who joins, round after round, and which model is chosen.
 
     1. hello: every site says its role and its public cohort size, or why it will not take part
-    2. round 0: the untrained model is judged everywhere (the row that every result must beat)
+    2. round 0: the model before any training here is judged everywhere (the row that every result must beat)
     3. each round: (a) training sites train; (b) each reply is checked against the contract and folded as it
-       arrives; (c) quorum; (d) the strategy gives the next model; (e) the state is saved; (f) the model is
-       judged on validation patients of training sites and on held-out sites; (g) the state is completed
+       arrives; (c) quorum; (d) the strategy gives the next model (mode ``distributed``: (a) to (d) are
+       :mod:`fedneuro.server.secure_rounds`); (e) the state is saved; (f) the model is judged on validation patients
+       of training sites and on held-out sites; (g) the state is completed
     4. the round with the best declared metric on *training* sites is chosen; held-out sites never choose
     5. the chosen model is judged everywhere with every metric of the study, and the run is closed
 
@@ -15,41 +16,43 @@ goes on while ``strategy.min_sites`` sites answer, and otherwise ends with :clas
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from ..models.metrics import higher_is_better
-from ..models.networks import build_network
-from ..models.state import to_arrays
 from ..privacy.contract import (
     Arrays,
     Estimate,
     EvaluateReply,
     HelloReply,
+    KeysReply,
     Kind,
+    MaskedReply,
+    Receipt,
     Refusal,
     Reply,
     Request,
     Role,
+    SharesReply,
     TrainReply,
     Transport,
+    UnmaskReply,
     check_arrays,
     payload_bytes,
     shapes_of,
 )
-from ..privacy.errors import ContractViolation, FedNeuroError, QuorumLost, Reason, Refused, StudyError
+from ..privacy.errors import ContractViolation, FedNeuroError, Reason, StudyError
+from ..privacy.secagg.grid import check_sites
 from ..privacy.study import Study
 from .events import Event, Observer
+from .quorum import shortfall
+from .secure_rounds import SecureRounds
+from .start import initial_arrays, start_arrays
 from .store import RoundRecord, RunStore, SiteRecord
-from .strategies import build_strategy
+from .strategies import Strategy, build_strategy
+from .strategies.pooled import PooledStep
 
 __all__ = ["Coordinator", "estimate_json", "initial_arrays", "run_study"]
-
-
-def initial_arrays(study: Study) -> dict[str, Arrays]:
-    """The untrained model of a study as group ``model``: CPU, seeded by ``study.seed``."""
-    network = build_network(
-        study.model, in_channels=len(study.data.modalities), out_channels=study.task.channels, seed=study.study.seed
-    )
-    return {"model": to_arrays(network)}
 
 
 def estimate_json(estimate: Estimate) -> dict[str, object]:
@@ -84,8 +87,14 @@ class Coordinator:
         self._transport = transport
         self._store = store
         self._tell = tell
-        self._strategy = build_strategy(study.strategy)
+        self._secure: SecureRounds | None = None
+        self._strategy: Strategy | PooledStep = build_strategy(study.strategy)
+        if study.privacy.mode == "distributed":
+            self._strategy = PooledStep(study)
+            self._secure = SecureRounds(study, self._strategy, self._exchange, self._refused, self._trained)
         self._sites: dict[str, SiteRecord] = {}
+        self._identities: dict[str, bytes] = {}
+        self._receipts: dict[str, Receipt] = {}
 
     def run(self) -> None:
         """Steps 1 to 5."""
@@ -125,11 +134,14 @@ class Coordinator:
                     refusals[reply.site] = Reason.ROLE_REFUSED
                     self._refused(Refusal(site=reply.site, kind="hello", round=0, reason=Reason.ROLE_REFUSED))
                     continue
+                self._identities |= {reply.site: reply.identity} if wanted is Role.TRAIN else {}
                 self._sites[reply.site] = SiteRecord(
                     role=reply.role.value, public_size=reply.public_size, versions=dict(reply.versions)
                 )
         self._sites = dict(sorted(self._sites.items()))
         self._require(self._training(), [n for n in names if n not in heldout], refusals, "to join")
+        if self._secure:
+            check_sites(len(self._training()), self._study.privacy.tolerate)
         self._store.set_sites(self._sites)
 
     def _training(self) -> list[str]:
@@ -140,14 +152,7 @@ class Coordinator:
         needed = min(self._study.strategy.min_sites or len(asked), len(asked)) or 1
         if len(answered) >= needed:
             return
-        why = "; ".join(f"{site}: {reason.value} ({reason.public_text})" for site, reason in sorted(refusals.items()))
-        message = (
-            f"{len(answered)} of {len(asked)} training sites answered when asked {doing}, {needed} are needed: {why}"
-        )
-        said_no = {Reason.BUDGET_EXHAUSTED, Reason.POLICY_REFUSED, Reason.STUDY_NOT_APPROVED, Reason.ROLE_REFUSED}
-        if refusals and set(refusals.values()) <= said_no:
-            raise Refused(message, reason=next(iter(refusals.values())))
-        raise QuorumLost(message, reason=next(iter(refusals.values()), Reason.LOST))
+        raise shortfall(len(answered), len(asked), needed, refusals, doing)
 
     # -- steps 2 and 3 ---------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class Coordinator:
         rounds = self._store.rounds()
         if not rounds:
             record = RoundRecord(round=0)
-            groups: Mapping[str, Arrays] = initial_arrays(self._study)
+            groups: Mapping[str, Arrays] = start_arrays(self._study, self._store)
             self._store.save_round(record, groups)
         else:
             record = rounds[-1]
@@ -164,6 +169,8 @@ class Coordinator:
             self._strategy.load_state(
                 {k.removeprefix("strategy."): v for k, v in groups.items() if k.startswith("strategy.")}
             )
+        for _, event in self._store.events():
+            self._keep_receipt(event.site, event.values.get("receipt"))
         if not self._store.is_evaluated(record.round):
             self._evaluate(record, groups)
         return record, groups
@@ -173,9 +180,33 @@ class Coordinator:
         self._tell(Event(kind="round-started", round=number))
         record = RoundRecord(round=number)
         model = groups["model"]
-        shapes, asked = shapes_of(model), self._training()
+        asked = self._training()
+        new, refusals = self._pooled(record, model) if self._secure else self._averaged(record, model)
+        record.refusals = {site: reason.value for site, reason in sorted(refusals.items())}
+        record.train = dict(sorted(record.train.items()))
+        check_arrays(new, shapes_of(model))
+        groups = self._groups(number, new, groups)
+        record.seconds = time.monotonic() - started
+        self._store.save_round(record, groups)
+        self._evaluate(record, groups)
+        values = {"seconds": record.seconds, "sites": len(record.train), "asked": len(asked)}
+        self._tell(Event(kind="round-done", round=number, values=values))
+        return groups
+
+    def _pooled(self, record: RoundRecord, model: Arrays) -> tuple[Arrays, dict[str, Reason]]:
+        """Step 3 in mode ``distributed``."""
+        assert self._secure is not None  # noqa: S101 - the caller looked
+        sizes = {name: self._sites[name].public_size for name in self._training()}
+        new, refusals = self._secure.train(record, model, self._identities, sizes, self._receipts)
+        self._note_states(record.round, self._training(), refusals)
+        return new, refusals
+
+    def _averaged(self, record: RoundRecord, model: Arrays) -> tuple[Arrays, dict[str, Reason]]:
+        """Step 3, (a) to (d)."""
+        number, shapes, asked = record.round, shapes_of(model), self._training()
         answered: list[str] = []
         refusals: dict[str, Reason] = {}
+        assert not isinstance(self._strategy, PooledStep)  # noqa: S101 - the caller looked
         self._strategy.begin(model, [self._sites[n].public_size for n in asked])
         for reply in self._ask("train", asked, number, model):
             if isinstance(reply, TrainReply):
@@ -193,19 +224,9 @@ class Coordinator:
                 refusals[reply.site] = reply.reason
             del reply
         record.bytes_down += payload_bytes(model) * len(asked)
-        record.refusals = {site: reason.value for site, reason in sorted(refusals.items())}
-        record.train = dict(sorted(record.train.items()))
         self._note_states(number, asked, refusals)
         self._require(answered, asked, refusals, f"to train in round {number}")
-        new = self._strategy.finish()
-        check_arrays(new, shapes)
-        groups = self._groups(number, new, groups)
-        record.seconds = time.monotonic() - started
-        self._store.save_round(record, groups)
-        self._evaluate(record, groups)
-        values = {"seconds": record.seconds, "sites": len(answered), "asked": len(asked)}
-        self._tell(Event(kind="round-done", round=number, values=values))
-        return groups
+        return self._strategy.finish(), refusals
 
     def _groups(self, number: int, model: Arrays, before: Mapping[str, Arrays]) -> dict[str, Arrays]:
         groups: dict[str, Arrays] = {"model": model}
@@ -265,29 +286,49 @@ class Coordinator:
     ) -> Iterator[Reply]:
         """One reply per site, each checked to answer what was asked; refusals are told as they come."""
         request = Request(kind=kind, study=self._study, round=number, arrays=arrays, final=final)
-        for reply in self._transport.exchange(dict.fromkeys(sites, request), self._study.strategy.round_timeout):
-            if not _answers(reply, kind, number):
-                reply = Refusal(site=reply.site, kind=kind, round=number, reason=Reason.CONTRACT_VIOLATION)
-            if isinstance(reply, Refusal):
-                self._refused(reply)
-            elif isinstance(reply, EvaluateReply):
+        requests = dict.fromkeys(sites, request)
+        if kind == "train":
+            requests |= {site: replace(request, receipt=self._receipts.get(site)) for site in sites}
+        for reply in self._exchange(requests):
+            if isinstance(reply, EvaluateReply):
                 means = {name: estimate.mean for name, estimate in reply.metrics.items()}
                 self._tell(
                     Event(kind="evaluated", round=number, site=reply.site, values={"metrics": means, "final": final})
                 )
             yield reply
 
+    def _exchange(self, requests: Mapping[str, Request]) -> Iterator[Reply]:
+        """Each site's request to it, and its reply, checked to be of that kind and round."""
+        for reply in self._transport.exchange(requests, self._study.strategy.round_timeout):
+            kind, number = requests[reply.site].kind, requests[reply.site].round
+            if not _answers(reply, kind, number):
+                reply = Refusal(site=reply.site, kind=kind, round=number, reason=Reason.CONTRACT_VIOLATION)
+            if isinstance(reply, Refusal):
+                self._refused(reply)
+            yield reply
+
     def _refused(self, refusal: Refusal) -> None:
         values = {"reason": refusal.reason.value, "during": refusal.kind}
         self._tell(Event(kind="refused", round=refusal.round, site=refusal.site, values=values))
 
-    def _trained(self, reply: TrainReply, record: RoundRecord) -> None:
+    def _trained(self, reply: TrainReply | MaskedReply, record: RoundRecord) -> None:
+        loss, steps = (reply.loss, reply.steps) if isinstance(reply, TrainReply) else (None, 1)
         record.train[reply.site] = {
-            "loss": reply.loss, "steps": reply.steps, "seconds": reply.seconds,
-            "epsilon": reply.epsilon, "noise_multiplier": reply.noise_multiplier,
+            "loss": loss, "steps": steps, "seconds": reply.seconds,
+            "epsilon": reply.epsilon, "noise_multiplier": reply.noise_multiplier, "attempt": reply.attempt,
         }  # fmt: skip
-        values = {"loss": reply.loss, "epsilon": reply.epsilon, "seconds": reply.seconds}
+        values: dict[str, Any] = {"loss": loss, "epsilon": reply.epsilon, "seconds": reply.seconds}
+        if reply.attempt is not None:
+            values["attempt"] = reply.attempt
+        if reply.receipt is not None:
+            values["receipt"] = [reply.receipt.count, reply.receipt.head]
+            self._keep_receipt(reply.site, values["receipt"])
         self._tell(Event(kind="trained", round=reply.round, site=reply.site, values=values))
+
+    def _keep_receipt(self, site: str, receipt: list[Any] | None) -> None:
+        """Remember a site's latest receipt, to show it with the next request."""
+        if receipt and (site not in self._receipts or receipt[0] > self._receipts[site].count):
+            self._receipts[site] = Receipt(count=receipt[0], head=receipt[1])
 
     def _note_states(self, number: int, asked: list[str], refusals: Mapping[str, Reason]) -> None:
         for name in asked:
@@ -306,8 +347,13 @@ def _answers(reply: Reply, kind: Kind, number: int) -> bool:
         return True
     if isinstance(reply, HelloReply):
         return kind == "hello" and reply.public_size >= 1
-    wanted = TrainReply if kind == "train" else EvaluateReply
-    return isinstance(reply, wanted) and reply.round == number
+    return isinstance(reply, _REPLIES.get(kind, ())) and reply.round == number
+
+
+_REPLIES: Mapping[Kind, type] = {
+    "train": TrainReply, "evaluate": EvaluateReply,
+    "keys": KeysReply, "shares": SharesReply, "masked": MaskedReply, "unmask": UnmaskReply,
+}  # fmt: skip
 
 
 def select_round(study: Study, rounds: list[RoundRecord], sites: Mapping[str, SiteRecord]) -> int:

@@ -30,6 +30,7 @@ from .events import Event
 __all__ = ["RoundRecord", "RunStore", "SiteRecord"]
 
 SCHEMA_VERSION = 1
+INITIAL = "initial.safetensors"
 _metadata = sql.MetaData()
 _run = sql.Table(
     "run",
@@ -112,8 +113,12 @@ class RunStore:
         engine: str,
         overwrite: bool = False,
         comparators: Mapping[str, Any] | None = None,
+        initial: Arrays | None = None,
     ) -> "RunStore":
         """Start a new run in ``out``.
+
+        ``initial`` is the model of round 0 where the study does not start from an untrained network
+        (``[training.init]``); it is kept with the run, so every engine and every resume starts from the same.
 
         ``comparators`` are results of other runs on the same patients, as ``{name: {"title": …, "sites": {…}}}``,
         that the report shows beside this one.
@@ -121,6 +126,33 @@ class RunStore:
         Raises:
             StateError: ``out`` already holds a run with a saved round and ``overwrite`` is False.
             EnvironmentProblem: the folder cannot be written.
+        """
+        cls.refuse_to_replace(out, overwrite=overwrite)
+        path = out / "state" / "run.db"
+        with _disk(out):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for old_file in path.parent.iterdir():
+                if old_file.is_file():
+                    old_file.unlink()
+            store = cls(out, study, engine)
+            _metadata.create_all(store._db)
+            if initial is not None:
+                metadata = {"study_hash": study.hash, "digest": digest(initial)}
+                save_arrays(store.folder / INITIAL, initial, metadata)
+            store._execute(
+                _run.insert().values(
+                    id=1, schema_version=SCHEMA_VERSION, study_hash=study.hash, study=study.canonical,
+                    engine=engine, status="running", sites={}, comparators=dict(comparators or {}),
+                )
+            )  # fmt: skip
+        return store
+
+    @classmethod
+    def refuse_to_replace(cls, out: Path, *, overwrite: bool) -> None:
+        """What :meth:`create` looks at first, for callers with work to do before.
+
+        Raises:
+            StateError: ``out`` already holds a run with a saved round and ``overwrite`` is False.
         """
         path = out / "state" / "run.db"
         if path.exists() and not overwrite and (old := cls.load(out)).rounds():
@@ -132,20 +164,6 @@ class RunStore:
                 f"{out}: holds an unfinished run (round {done} of {old.study.training.rounds} is saved); "
                 "add --resume to go on, --overwrite to start anew, or give another --out"
             )
-        with _disk(out):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for old_file in path.parent.iterdir():
-                if old_file.is_file():
-                    old_file.unlink()
-            store = cls(out, study, engine)
-            _metadata.create_all(store._db)
-            store._execute(
-                _run.insert().values(
-                    id=1, schema_version=SCHEMA_VERSION, study_hash=study.hash, study=study.canonical,
-                    engine=engine, status="running", sites={}, comparators=dict(comparators or {}),
-                )
-            )  # fmt: skip
-        return store
 
     @classmethod
     def resume(cls, out: Path, study: Study, *, engine: str) -> "RunStore":
@@ -217,6 +235,23 @@ class RunStore:
     def comparators(self) -> dict[str, Any]:
         """Other runs to show beside this one, as given to :meth:`create`."""
         return dict(self._value(_run.c.comparators))
+
+    def initial(self) -> dict[str, NDArray[Any]] | None:
+        """The model of round 0 that :meth:`create` was given, or None.
+
+        Raises:
+            StateError: its file was changed or cannot be read.
+        """
+        path = self.folder / INITIAL
+        if not path.is_file():
+            return None
+        try:
+            arrays, metadata = load_saved(path)
+        except (OSError, ValueError) as error:
+            raise StateError(f"{path}: cannot be read ({type(error).__name__}); start anew with --overwrite") from error
+        if digest(arrays) != metadata.get("digest"):
+            raise StateError(f"{path}: was changed since it was saved; start anew with --overwrite")
+        return arrays
 
     # -- rounds ----------------------------------------------------------------------------------------
 

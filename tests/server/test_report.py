@@ -144,6 +144,29 @@ def test_the_page_opens_with_the_held_out_hospital_and_its_price(tmp_path: Path)
     assert "banner" not in " ".join(str(attributes.get("class")) for _, attributes in page.tags)
 
 
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ((0.41, 0.35, 0.5), "Training beat it: the 95 % intervals do not overlap."),
+        ((0.55, 0.48, 0.62), "this run does not show that training was worth its ε."),
+        ((0.6, 0.5, 0.7), "Training did not beat it: its ε bought nothing here."),
+    ],
+)
+def test_the_model_that_saw_no_private_patient_is_the_row_to_beat(
+    tmp_path: Path, start: tuple[float, float, float], words: str
+) -> None:
+    """HT has 0.583 (0.512 to 0.644): above, within and below the start's interval."""
+    results = _results()
+    title = "pre-trained on phantoms, no private patient"
+    results["start"] = {"from": "phantoms", "title": title, "digest": "0" * 64}
+    results["sites"]["HT"] |= {"untrained": {}, "start": {"dice": _estimate(*start, 25)}}
+    text = _write(tmp_path, results)[1].text
+    card = text[text.index("Hospitals that never trained") : text.index("Hospitals that trained")]
+    assert words in card and card.count(title) >= 3 and f"{start[0]:.2f} ({start[1]:.2f}–{start[2]:.2f})" in card
+    assert "untrained network" not in text
+    assert "this run does not" not in _write(tmp_path, _results())[1].text
+
+
 def test_training_hospitals_show_their_own_epsilon_and_the_gap(tmp_path: Path) -> None:
     text = _write(tmp_path, _results())[1].text
     part = text[text.index("Hospitals that trained") : text.index("Charts")]

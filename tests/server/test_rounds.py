@@ -2,17 +2,28 @@
 """The coordinator over a transport whose sites answer as the test says: joining, quorum, selection, resume."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedneuro.privacy.contract import Estimate, EvaluateReply, HelloReply, Refusal, Reply, Request, Role, TrainReply
+from fedneuro.privacy.contract import (
+    Estimate,
+    EvaluateReply,
+    HelloReply,
+    Receipt,
+    Refusal,
+    Reply,
+    Request,
+    Role,
+    TrainReply,
+)
 from fedneuro.privacy.errors import QuorumLost, Reason, Refused, StateError, StudyError
 from fedneuro.privacy.study import Study
 from fedneuro.server.events import Event
 from fedneuro.server.results import build_results
-from fedneuro.server.rounds import run_study
+from fedneuro.server.rounds import initial_arrays, run_study
 from fedneuro.server.store import RunStore
 
 Answer = Callable[[str, Request], Reply]
@@ -219,3 +230,87 @@ def test_a_run_that_nobody_joined_holds_nothing_to_keep(tmp_path: Path) -> None:
         run(tmp_path, study_of(), Sites(refuse("A", Reason.DATA_INVALID, kind="hello", since=0)))
     store, _ = run(tmp_path, study_of(), Sites())
     assert store.status == "complete"
+
+
+def test_a_public_start_is_round_0_also_after_a_resume(tmp_path: Path) -> None:
+    """Given once, when the run is made: ones everywhere. Three rounds add 6, with a stop after the first."""
+    study = study_of(training={"init": {"from": "phantoms"}})
+    ones = {name: np.ones_like(array) for name, array in initial_arrays(study)["model"].items()}
+    RunStore.create(tmp_path, study, engine="test", initial=ones).close()
+    with pytest.raises(QuorumLost):
+        run(tmp_path, study, Sites(refuse("B", Reason.LOST, since=2)), resume=True)
+    (tmp_path / "state" / "initial.safetensors").unlink()  # round 1 is saved: the start is no longer needed
+    store, _ = run(tmp_path, study, Sites(), resume=True)
+    for array in store.groups(3)["model"].values():
+        np.testing.assert_allclose(array, 7, atol=1e-5)
+    results = build_results(store)
+    assert results["start"]["title"] == "pre-trained on phantoms, no private patient"
+    assert results["sites"]["C"]["start"]["dice"]["mean"] == 0.5 and results["sites"]["C"]["untrained"] == {}
+
+
+@pytest.mark.parametrize(("source", "given"), [("phantoms", False), ("", True)])
+def test_a_start_that_is_missing_or_not_asked_for_is_refused(tmp_path: Path, source: str, given: bool) -> None:
+    study = study_of(training={"init": {"from": source}})
+    initial = initial_arrays(study)["model"] if given else None
+    RunStore.create(tmp_path, study, engine="test", initial=initial).close()
+    with pytest.raises(StudyError, match="was given when the run was made"):
+        run(tmp_path, study, Sites(), resume=True)
+
+
+def test_a_start_of_another_network_is_refused(tmp_path: Path) -> None:
+    study = study_of(training={"init": {"from": "phantoms"}})
+    other = initial_arrays(study_of(model={"channels": [4, 16]}))["model"]
+    RunStore.create(tmp_path, study, engine="test", initial=other).close()
+    with pytest.raises(StudyError, match="not of this study's network"):
+        run(tmp_path, study, Sites(), resume=True)
+
+
+def test_each_site_is_shown_its_own_latest_receipt_also_after_a_resume(tmp_path: Path) -> None:
+    shown: list[tuple[str, int, int | None]] = []
+
+    def private(site: str, request: Request) -> Reply:
+        reply = answer(site, request)
+        if not isinstance(reply, TrainReply):
+            assert request.receipt is None
+            return reply
+        shown.append((site, request.round, request.receipt.count if request.receipt else None))
+        if request.round == 3 and site == "B" and len(shown) < 7:
+            return Refusal(site=site, kind="train", round=3, reason=Reason.LOST)
+        entries = 2 * request.round + (100 if site == "B" else 0)
+        return replace(
+            reply, loss=None, epsilon=1.0, noise_multiplier=1.0, attempt=1,
+            receipt=Receipt(count=entries, head=f"{entries:016x}"),
+        )  # fmt: skip
+
+    study = study_of(privacy={"mode": "local"})
+    store = RunStore.create(tmp_path, study, engine="test")
+    with pytest.raises(QuorumLost):
+        run_study(study, Sites(private), store, lambda _: None)
+    store.close()
+    store = RunStore.resume(tmp_path, study, engine="test")
+    run_study(study, Sites(private), store, lambda _: None)
+    first_run = [("A", 1, None), ("B", 1, None), ("A", 2, 2), ("B", 2, 102), ("A", 3, 4), ("B", 3, 104)]
+    # A trained in round 3 before the quorum was lost: that receipt was kept, though the round was not.
+    assert shown == [*first_run, ("A", 3, 6), ("B", 3, 104)]
+    assert [r.train["A"]["attempt"] for r in store.rounds() if r.train] == [1, 1, 1]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("delta", "found", "largest"), [(0.0, {"A": 1e-2, "B": 1e-3}, 1e-2), (1e-5, {"A": 1e-5, "B": 1e-5}, 1e-5)]
+)
+def test_results_give_the_delta_of_each_site(
+    tmp_path: Path, delta: float, found: dict[str, float], largest: float
+) -> None:
+    def sized(site: str, request: Request) -> Reply:
+        reply = answer(site, request)
+        return replace(reply, public_size=60) if isinstance(reply, HelloReply) and site == "B" else reply
+
+    study = study_of(privacy={"mode": "local", "delta": delta})
+    store = RunStore.create(tmp_path, study, engine="test")
+    run_study(study, Sites(sized), store, lambda _: None)
+    privacy = build_results(store)["privacy"]
+    assert (privacy["delta"], privacy["delta_by_site"]) == (largest, found)
+    assert privacy["neighbouring_relation"] == "zero-out of one patient"
+    assert "not noised" in " ".join(privacy["not_covered"]) and privacy["metrics_epsilon"] is None
+    store.close()
