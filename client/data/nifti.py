@@ -9,6 +9,7 @@ Reference: NIfTI-1, https://nifti.nimh.nih.gov; nibabel's ``as_closest_canonical
 
 import gzip
 import hashlib
+import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ __all__ = ["Volume", "digest_of", "read_volume"]
 
 _NIB: Any = nibabel  # its own annotations are partial
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metre, millimetre and micrometre
+MAX_BYTES = 1 << 30
+"""Unpacked size of a file that is read; a small file that unfolds to more is a bomb, or no scan."""
+MAX_VOXELS = 1 << 27
+"""512×512×512: with the bytes above, reading takes less than 2 GiB of memory."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _NIFTI2_HEADER_BYTES = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
 _FAULTS = (
@@ -73,8 +78,7 @@ def read_volume(path: Path) -> Volume:
         DataError: the file is corrupt or truncated, or holds no plain 3D image.
     """
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw.startswith(_GZIP_MAGIC) else raw
+        raw = _unpacked(path)
         kind = _NIB.Nifti2Image if raw[:4] in _NIFTI2_HEADER_BYTES else _NIB.Nifti1Image
         image = kind.from_bytes(raw)
         unit = int(image.header["xyzt_units"]) & 0b111  # the other bits are the unit of time
@@ -94,6 +98,26 @@ def read_volume(path: Path) -> Volume:
     return Volume(path.name, data, np.asarray(image.affine), _spacing(image.affine, unit), oriented)
 
 
+def _unpacked(path: Path) -> bytes:
+    """The file's bytes, unpacked; gzip's check sum is tested, and a bomb is not let unfold."""
+    if path.stat().st_size > MAX_BYTES:
+        raise _too_large(path, f"{path.stat().st_size} bytes")
+    raw = path.read_bytes()
+    if raw.startswith(_GZIP_MAGIC):
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise _too_large(path, f"more than {MAX_BYTES} bytes when unpacked")
+    return raw
+
+
+def _too_large(path: Path, found: str) -> DataError:
+    return DataError(
+        f"{path.name}: {found}; expected at most {MAX_BYTES >> 20} MiB and {MAX_VOXELS} voxels; crop the image, or "
+        "store it with fewer bits"
+    )
+
+
 def _check_layout(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
     extra = [n for n in shape[3:] if n != 1]
     if extra or len(shape) < 2 or 0 in shape:
@@ -101,6 +125,8 @@ def _check_layout(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic
             f"{path.name}: {len(shape)}D image of shape {_by(shape)}; expected one 3D volume (or a 2D slice); "
             "split it into one file per volume"
         )
+    if np.prod(shape, dtype=object) > MAX_VOXELS:
+        raise _too_large(path, f"{_by(shape)} voxels")
     if dtype.kind not in "iufb":
         raise DataError(
             f"{path.name}: voxels of type {dtype}; expected one real number per voxel; convert the image to grey values"

@@ -54,8 +54,15 @@ def test_a_good_file_gives_the_sites_settings(node: Path) -> None:
     assert site.cache is None
     assert site.approved == frozenset({HASH})
     assert settings.superlink.root_certificate == str(node.parent / "ca.crt")
+    assert site.identity == node.parent / "node.key"
+    assert site.peers is None
     with pytest.raises(ValueError, match="frozen"):
         settings.site.name = "other"  # type: ignore[misc]
+
+
+def test_peers_are_named_with_their_keys(node: Path) -> None:
+    node.write_text(f'{GOOD}\n[[peer]]\nname = "hospital-2"\nkey = "{HASH}"\n')
+    assert load_node_settings(node).site_settings().peers == frozenset({("hospital-2", HASH)})
 
 
 @pytest.mark.parametrize(

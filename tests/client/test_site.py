@@ -12,8 +12,10 @@ import pytest
 from fedneuro.client import gate
 from fedneuro.client.settings import SiteSettings
 from fedneuro.client.site import Site
+from fedneuro.privacy.accounting import calibrate
 from fedneuro.privacy.contract import Arrays, Estimate, EvaluateReply, Refusal, Request, Role, TrainReply
 from fedneuro.privacy.errors import ContractViolation, Reason, Refused
+from fedneuro.privacy.ledger import Ledger
 from fedneuro.privacy.study import Study
 from fedneuro.server.rounds import initial_arrays
 from tests.bids import FAULTS, make_study, write_site
@@ -183,3 +185,39 @@ def test_private_rounds_add_up_in_the_ledger(site: Site) -> None:
     assert 0 < first.epsilon < second.epsilon <= 3.0 * (1 + 1e-6)
     refused = site.handle(Request(kind="train", study=study, round=2, arrays=first.arrays))
     assert isinstance(refused, Refusal) and refused.reason is Reason.BUDGET_EXHAUSTED
+
+
+def test_a_retried_private_round_is_charged_again_and_the_log_says_so(site: Site) -> None:
+    study = private_study(epsilon=3.0)
+    arrays = initial_arrays(study)["model"]
+    first, again = train(site, study, 1, arrays), train(site, study, 1, arrays)
+    assert (first.attempt, again.attempt) == (1, 2)
+    assert first.epsilon is not None and again.epsilon is not None and again.epsilon > first.epsilon
+    assert "train round 1: attempt 2; the privacy ledger was charged again" in (
+        site.settings.state / "site.log"
+    ).read_text(encoding="utf-8")
+
+
+def test_a_ledger_that_was_put_back_is_refused_by_the_receipt_of_a_past_round(site: Site) -> None:
+    """The state folder of before the study is restored: ledger and anchors agree, the receipt does not."""
+    study = private_study(epsilon=8.0)
+    first = train(site, study, 1, initial_arrays(study)["model"])
+    for file in site.settings.state.glob("ledger.db*"):
+        file.unlink()
+    request = Request(kind="train", study=study, round=2, arrays=first.arrays, receipt=first.receipt)
+    refused = Site(site.settings).handle(request)
+    assert isinstance(refused, Refusal) and refused.reason is Reason.LEDGER_ROLLED_BACK
+    fault = json.loads((site.settings.state / "last-fault.json").read_text())
+    assert fault["exit_code"] == 3 and "the coordinator holds a receipt for entry 2" in fault["text"]
+
+
+def test_the_delta_of_a_site_follows_its_public_size(site: Site) -> None:
+    """Ten patients: 1e-2; the same study at a site of sixty charges and calibrates at 1e-3."""
+    study = private_study(delta=0.0)
+    large = Site(replace(site.settings, public_size=60, state=site.settings.state.with_name("large")))
+    arrays = initial_arrays(study)["model"]
+    small_reply, large_reply = train(site, study, 1, arrays), train(large, study, 1, arrays)
+    assert small_reply.noise_multiplier == calibrate(study.privacy.epsilon, 1e-2, 0.5, study.total_steps)
+    assert large_reply.noise_multiplier == calibrate(study.privacy.epsilon, 1e-3, 0.5, study.total_steps)
+    for one, delta in ((site, 1e-2), (large, 1e-3)):
+        assert Ledger(one.settings.ledger, "north").entries()[1].delta == delta
