@@ -59,17 +59,22 @@ def masked(message: Message, error: Exception) -> Message:
 
 
 def serve(client_app: ClientApp, site_of: SiteOf) -> None:
-    """Register the handlers of the three kinds of request on ``client_app``."""
+    """Register the handlers of all kinds of request on ``client_app``."""
 
     def handle(message: Message, context: Context) -> Message:
+        site: Site | None = None
         try:
-            return answer(message, site_of(context))
+            site = site_of(context)
+            return answer(message, site)
         except Exception as error:
+            if site is not None:
+                site.turn_away(message.metadata.message_type, error)
             return masked(message, error)
 
-    client_app.query("hello")(handle)
-    client_app.train()(handle)
-    client_app.evaluate()(handle)
+    for message_type in MESSAGE_TYPES.values():
+        category, _, action = message_type.partition(".")
+        register = {"query": client_app.query, "train": client_app.train, "evaluate": client_app.evaluate}[category]
+        register(action or "default")(handle)
 
 
 @cache

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ..privacy.errors import BudgetExhausted
 from ..privacy.exits import run_command
+from . import cli_audit, cli_data, cli_enrol, cli_node, cli_policy
 
 __all__ = ["app", "main"]
 
@@ -18,6 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+cli_policy.add_commands(app)
+cli_enrol.register(app)
+app.add_typer(cli_audit.app, name="audit")
+cli_node.add_commands(app)
+app.add_typer(cli_data.app, name="data")
 
 Config = Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")]
 
@@ -51,6 +59,36 @@ def check(
         print(f"excluded: {patient}: {why}")
     sides = f"{len(site.training())} to train, {len(site.validation())} to validate"
     print(f"{len(site.patients)} patients fit the study: {sides}")
+
+
+@app.command()
+def budget(
+    config: Config,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Study file (TOML): what it would cost here, and whether it fits.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may repeat.")
+    ] = None,
+) -> None:
+    """Show what the privacy ledger says was spent, reserved and left. Exit code 3: changed ledger, or no room."""
+    from ..privacy.study_file import load_study
+    from .budget import plan_study, statement
+    from .budget_words import plan_lines, show_statement
+    from .node_settings import load_node_settings
+
+    settings = load_node_settings(config).site_settings()
+    loaded = load_study(study, overrides or []) if study else None
+    show_statement(statement(settings), settings)
+    if loaded is not None:
+        plan = plan_study(settings, loaded)
+        for line in plan_lines(plan, loaded):
+            print(line)
+        if not plan.fits:
+            raise BudgetExhausted(
+                f"study {loaded.study.name} ({loaded.hash[:12]}) does not fit: lower privacy.epsilon, take fewer "
+                "rounds, or raise [budget] epsilon in node.toml"
+            )
 
 
 def main() -> None:

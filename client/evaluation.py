@@ -2,8 +2,8 @@
 """Judging a model at a site: per patient, over whole volumes, with intervals over patients.
 
 A training site judges on its validation patients, a held-out site on all of its patients. What leaves is a
-mean, a 95 % bootstrap interval and the number of patients per metric (and per label); the values of single
-patients, and the pictures, stay in the site's folder.
+mean, a 95 % interval and the public number of patients per metric (and per label), as :mod:`.metric_release` allows;
+the values of single patients, and the pictures, stay in the site's folder.
 """
 
 import json
@@ -19,6 +19,7 @@ from ..models.metrics import accuracy, auroc, bootstrap, bootstrap_interval, dic
 from ..privacy.contract import Arrays, Estimate, EvaluateReply
 from .data import Scan
 from .inference import class_probabilities, label_map
+from .metric_release import release
 from .session import Session
 
 __all__ = ["evaluate"]
@@ -41,8 +42,7 @@ def evaluate(session: Session, number: int, arrays: Arrays, *, final: bool) -> E
             metrics = _segmentation(session, final=final)
         else:
             metrics = _classification(session, final=final)
-    least = session.study.evaluation.min_patients
-    metrics = {name: estimate for name, estimate in metrics.items() if estimate.n >= least}
+    metrics = release(session, number, arrays, metrics, final=final)
     return EvaluateReply(site=session.settings.name, round=number, metrics=metrics, seconds=time.monotonic() - started)
 
 

@@ -12,42 +12,63 @@
     cache = "cache"              # preprocessed scans (default: state/cache)
 
     [study]
-    approved = ["9f2c…"]         # hashes of the studies that the hospital approved
+    policy = "policy.toml"       # what the hospital permits; see fedneuro.client.policy
+    # approved = ["9f2c…"]       # without a policy (rehearsals): hashes of studies, and nothing else is asked
+
+    [budget]                     # of the data set's life, over all studies; the section may be left out
+    dataset = "glioma"           # name in the ledger (default: the site's); every study on these patients uses it
+    epsilon = 10.0               # default 10; "unlimited" leaves each study its own budget
+    delta = 1e-5                 # default: the largest power of ten that is at most 1 / (10 × public_size)
+    min_patients = 5             # fewer evaluated patients than this return no metric (default 5)
 
     [superlink]
     address = "coordinator.example.org:8000"
     root_certificate = "ca.crt"
     key = "node.key"             # this node's private key, P-384 in OpenSSH form, mode 0600
+    certificate = "site.crt"     # shown to the coordinator's guard; written, as all of this section, by enrol
+    certificate_key = "site.key" # its private key, mode 0600
 
     [runner]
     port = 9094                  # port on 127.0.0.1 between SuperNode and runner
     secret = "runner.secret"     # shared by the two, mode 0600
     bundle = "51ab…"             # SHA-256 of the only app bundle that this node serves
+    require_record = false       # true: serve only where every installed file matches its RECORD (no editable install)
+
+    [sandbox]                    # of the process that trains; the section may be left out
+    isolation = "auto"           # or "required": refuse to train without walls; "off"
+    memory_gib = 0.0             # resident memory; 0: nine tenths of the machine's
+    request_hours = 24.0         # of work on one request
+    yield_gpu = false            # true: hold while another process uses the GPU
+
+    [coordinator]                # written by enrol
+    consortium = "glioma-net"
+    renewal = "coordinator.example.org:8445"
+    study_key = "c0de…"          # public key with which the coordinator signs studies, for policy.toml
+
+    [[peer]]                     # privacy.mode = "distributed": every training hospital, this one too; without any,
+    name = "hospital-2"          # a hospital's key is remembered when a study first shows it
+    key = "77e0…"                # SHA-256 of its node's public key, compared by telephone
 
 Nothing in it can be changed from outside: the coordinator's messages carry no settings.
 """
 
-import difflib
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..privacy.budget import Budget, site_delta
 from ..privacy.contract import Role
 from ..privacy.errors import BadInput
 from .settings import SiteSettings
+from .toml_file import Part as _Part
+from .toml_file import parse_toml, validate
 
 __all__ = ["NodeSettings", "load_node_settings"]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class _Part(BaseModel):
-    """Frozen, strict types, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class SitePart(_Part):
@@ -62,9 +83,35 @@ class SitePart(_Part):
 
 
 class StudyPart(_Part):
-    """What the hospital approved."""
+    """What the hospital approved: the file of its policy, or, for a rehearsal, hashes alone."""
 
-    approved: tuple[Sha256, ...] = Field(strict=False)
+    policy: Text | None = None
+    approved: tuple[Sha256, ...] | None = Field(default=None, strict=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.policy is None) is (self.approved is None):
+            found = "neither is given" if self.policy is None else "both are given"
+            raise PydanticCustomError(
+                "one", "give either policy or approved, so that one place decides; {found}", {"found": found}
+            )
+        return self
+
+
+class BudgetPart(_Part):
+    """What the data set may ever give away, whatever is approved."""
+
+    dataset: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    epsilon: Annotated[float, Field(gt=0, le=10_000)] | Literal["unlimited"] = 10.0
+    delta: float = Field(default=0.0, ge=0, lt=1)
+    min_patients: int = Field(default=5, ge=1, le=10_000)
+
+
+class PeerPart(_Part):
+    """A hospital with which this one may add up in secret (mode "distributed")."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    key: Sha256
 
 
 class SuperLinkPart(_Part):
@@ -73,6 +120,16 @@ class SuperLinkPart(_Part):
     address: str = Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")
     root_certificate: Text
     key: Text
+    certificate: Text | None = None
+    certificate_key: Text | None = None
+
+
+class CoordinatorPart(_Part):
+    """Written by ``fedneuro-node enrol``."""
+
+    consortium: Annotated[str, Field(min_length=1, max_length=64)]
+    renewal: str = Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")
+    study_key: Sha256
 
 
 class RunnerPart(_Part):
@@ -81,6 +138,16 @@ class RunnerPart(_Part):
     port: int = Field(ge=1, le=65535)
     secret: Text
     bundle: Sha256
+    require_record: bool = False
+
+
+class SandboxPart(_Part):
+    """What the process that trains may take, and from what it is kept; see :mod:`.sandbox`."""
+
+    isolation: Literal["auto", "required", "off"] = "auto"
+    memory_gib: float = Field(default=0.0, ge=0, le=100_000)
+    request_hours: float = Field(default=24.0, gt=0, le=10_000)
+    yield_gpu: bool = False
 
 
 class NodeSettings(_Part):
@@ -88,8 +155,12 @@ class NodeSettings(_Part):
 
     site: SitePart
     study: StudyPart
+    budget: BudgetPart = Field(default_factory=BudgetPart)
     superlink: SuperLinkPart
     runner: RunnerPart
+    sandbox: SandboxPart = Field(default_factory=SandboxPart)
+    coordinator: CoordinatorPart | None = None
+    peer: tuple[PeerPart, ...] = Field(default=(), strict=False)
 
     def site_settings(self) -> SiteSettings:
         """The part that :class:`fedneuro.client.site.Site` needs."""
@@ -100,13 +171,34 @@ class NodeSettings(_Part):
             role=self.site.role,
             public_size=self.site.public_size,
             cache=Path(self.site.cache) if self.site.cache else None,
-            approved=frozenset(self.study.approved),
+            approved=None if self.study.approved is None else frozenset(self.study.approved),
+            policy=Path(self.study.policy) if self.study.policy else None,
+            dataset=self.budget.dataset,
+            lifetime=self._lifetime(),
+            min_patients=self.budget.min_patients,
+            identity=Path(self.superlink.key),
+            peers=frozenset((peer.name, peer.key) for peer in self.peer) or None,
         )
 
+    def _lifetime(self) -> Budget | None:
+        if self.budget.epsilon == "unlimited":
+            return None
+        delta = site_delta(self.budget.delta, self.site.public_size)
+        return Budget(epsilon=self.budget.epsilon, delta=delta)
 
-_PATHS = {"site": ("data", "state", "cache"), "superlink": ("root_certificate", "key"), "runner": ("secret",)}
-_EXISTING = {("site", "data"), ("superlink", "root_certificate"), ("superlink", "key"), ("runner", "secret")}
-_SECRET = {("superlink", "key"), ("runner", "secret")}
+
+_PATHS = {
+    "site": ("data", "state", "cache"),
+    "study": ("policy",),
+    "superlink": ("root_certificate", "key", "certificate", "certificate_key"),
+    "runner": ("secret",),
+}
+_EXISTING = {
+    ("site", "data"),
+    *(("superlink", key) for key in ("root_certificate", "key", "certificate", "certificate_key")),
+    ("runner", "secret"),
+}
+_SECRET = {("superlink", "key"), ("superlink", "certificate_key"), ("runner", "secret")}
 
 
 def load_node_settings(path: Path) -> NodeSettings:
@@ -117,18 +209,14 @@ def load_node_settings(path: Path) -> NodeSettings:
             a file that it names is not there, or a secret file can be read by others.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise BadInput(
             f"{path}: cannot be read ({error.strerror}); give the path of the node's settings file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: is not TOML: {error}") from error
+    values = parse_toml(content, path)
     _make_absolute(values, path.resolve().parent)
-    try:
-        settings = NodeSettings.model_validate(values)
-    except ValidationError as error:
-        raise BadInput(f"{path}: {_explain(error)}") from error
+    settings = validate(NodeSettings, values, path)
     _check_files(settings, path)
     return settings
 
@@ -145,31 +233,11 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
 
 def _check_files(settings: NodeSettings, path: Path) -> None:
     for section, key in sorted(_EXISTING):
-        named = Path(getattr(getattr(settings, section), key))
+        if (value := getattr(getattr(settings, section), key)) is None:
+            continue
+        named = Path(value)
         if not (named.is_dir() if key == "data" else named.is_file()):
             kind = "folder" if key == "data" else "file"
             raise BadInput(f"{path}: {section}.{key}: there is no {kind} {named}")
         if (section, key) in _SECRET and named.stat().st_mode & 0o077:
             raise BadInput(f"{path}: {section}.{key}: {named} can be read by others; run chmod 600 on it")
-
-
-def _explain(error: ValidationError) -> str:
-    """One fault as one line: where, what was found, what is allowed. A misspelt key says more than a missing one."""
-    fault = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        section, _, key = where.rpartition(".")
-        known = _known(section)
-        near = difflib.get_close_matches(key, known, 1)
-        return f"{where} is not a known key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
-    if fault["type"] == "missing":
-        return f"{where} is missing; add it"
-    return f"{where} = {fault['input']!r}: {fault['msg']}"
-
-
-def _known(section: str) -> list[str]:
-    model: type[BaseModel] = NodeSettings
-    if section:
-        annotation = NodeSettings.model_fields[section].annotation
-        model = annotation if isinstance(annotation, type) else NodeSettings
-    return sorted(model.model_fields)

@@ -9,9 +9,11 @@ here, by the hospital, from the study's ε, δ, rate and number of steps; nobody
 
 import torch
 
-from ..privacy.accounting import GaussianEvent, calibrate
+from ..models.optimizers import NoisedAdam
+from ..privacy.budget import site_delta, training_event
+from ..privacy.contract import Receipt
 from ..privacy.dpsgd import PatientGradient
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import Ledger, Reservation
 from ..privacy.noise import SecureRandom
 from .optimizers import set_learning_rate
 from .session import Session, stream
@@ -19,23 +21,39 @@ from .session import Session, stream
 __all__ = ["private_steps"]
 
 
-def private_steps(session: Session, number: int, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def private_steps(
+    session: Session, number: int, optimizer: torch.optim.Optimizer, receipt: Receipt | None = None
+) -> tuple[Reservation, float]:
     """Take the round's private steps.
 
+    Args:
+        session: the study at this site.
+        number: round, from 1.
+        optimizer: steps on the noised gradients.
+        receipt: of the ledger after an earlier round, as the coordinator shows it.
+
     Returns:
-        ε spent by this data set in this study so far, and the noise multiplier.
+        What was charged, and the noise multiplier.
 
     Raises:
         BudgetExhausted: the ledger does not cover the round; nothing was trained.
+        LedgerDistrusted: the ledger was changed or put back; nothing was trained.
     """
     study, settings, crops = session.study, session.settings, session.crops
     privacy, steps = study.privacy, study.training.local_steps
     assert crops is not None  # noqa: S101 - the gate let no held-out site come here
-    sigma = calibrate(privacy.epsilon, privacy.delta, privacy.sample_rate, study.total_steps)
-    event = GaussianEvent(sample_rate=privacy.sample_rate, noise_multiplier=sigma, count=steps)
-    ledger = Ledger(settings.state / "ledger.db")
+    event = training_event(study, settings.public_size, steps=steps)
+    sigma = event.noise_multiplier
+    ledger = Ledger(settings.ledger, settings.name)
     reservation = ledger.reserve(
-        study.hash, settings.name, number, event, delta=privacy.delta, budget_epsilon=privacy.epsilon
+        study.hash,
+        settings.dataset_id,
+        number,
+        event,
+        delta=site_delta(privacy.delta, settings.public_size),
+        budget_epsilon=privacy.epsilon,
+        lifetime=settings.lifetime,
+        receipt=receipt,
     )
     random = SecureRandom()
     gradient = PatientGradient(
@@ -45,8 +63,12 @@ def private_steps(session: Session, number: int, optimizer: torch.optim.Optimize
         noise_multiplier=sigma,
         expected_patients=privacy.sample_rate * session.public_training_size,
         random=random,
-        autocast=torch.bfloat16 if study.training.precision == "bfloat16" else None,
+        path=session.path,
+        clipping=privacy.clipping,
     )
+    if isinstance(optimizer, NoisedAdam):
+        optimizer.noise_std = gradient.noise_std
+    left_out = 0
     for step in range(steps):
         position = (number - 1) * steps + step
         set_learning_rate(session, optimizer, position, study.total_steps)
@@ -56,7 +78,12 @@ def private_steps(session: Session, number: int, optimizer: torch.optim.Optimize
             rng = stream(study, settings.name, number, step, patient)
             images, labels = crops.of_patient(patient, privacy.crops_per_patient, rng)
             gradient.accumulate(images.to(session.device), labels.to(session.device))
-        gradient.finish()
+        left_out += gradient.finish().non_finite
         optimizer.step()
+    if left_out:
+        # In the hospital's own log: who counts as zero is nobody else's business.
+        session.notes.append(
+            f"train round {number}: {left_out} times a patient's gradient was not finite: counted as 0"
+        )
     ledger.settle(reservation.id)
-    return reservation.epsilon_after, sigma
+    return reservation, sigma

@@ -11,17 +11,17 @@ import json
 import logging
 import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..privacy.contract import EvaluateReply, HelloReply, Refusal, Reply, Request, TrainReply
+from ..privacy.contract import SECURE_KINDS, HelloReply, MaskedReply, Refusal, Reply, Request, Role
 from ..privacy.errors import EnvironmentProblem, FedNeuroError, Reason
 from ..privacy.study import Study
 from . import gate
-from .evaluation import evaluate
-from .session import Session, software_versions
+from .gatekeeper import Gatekeeper
 from .settings import SiteSettings
-from .training import train
+
+if TYPE_CHECKING:
+    from .session import Session
 
 __all__ = ["Site", "SiteSettings"]
 
@@ -31,6 +31,7 @@ class Site:
 
     def __init__(self, settings: SiteSettings) -> None:
         self.settings = settings
+        self._keeper = Gatekeeper(settings)
         self._session: Session | None = None
         self._log: logging.Logger | None = None
 
@@ -40,33 +41,52 @@ class Site:
         Guarantee: the reply holds only what :mod:`fedneuro.privacy.contract` allows for its kind.
         """
         try:
-            gate.enter(request, self.settings)
-            reply = self._dispatch(request)
-            gate.leave(reply, request)
-        except FedNeuroError as error:
-            return self._refuse(request, error.reason, error.exit_code, str(error))
-        except MemoryError:
-            return self._refuse(
-                request,
-                Reason.ENVIRONMENT,
-                5,
-                f"site {self.settings.name}: out of memory; use a smaller patch or batch",
-            )
-        except OSError as error:
+            self.settings = self._keeper.enter(request)
+            reply = self._keeper.leave(self._dispatch(request), request)
+        except Exception as error:
+            reason, exit_code, text = self.explain(error)
+            return self._refuse(request, reason, exit_code, text)
+        return reply
+
+    def compute(self, request: Request) -> gate.Answer:
+        """The work alone, between the two gates; for the process that trains behind a runner that holds them."""
+        return self._dispatch(request)
+
+    def explain(self, error: Exception) -> tuple[Reason, int, str]:
+        """An error as the code that may leave, an exit code, and a line that stays here."""
+        name = self.settings.name
+        if isinstance(error, FedNeuroError):
+            return error.reason, error.exit_code, str(error)
+        if isinstance(error, MemoryError):
+            return Reason.ENVIRONMENT, 5, f"site {name}: out of memory; use a smaller patch or batch"
+        if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "free space on the disk, then resume" if full else "check the path and its permissions"
             what = f"{error.strerror or error} ({error.filename or 'file unknown'})"
-            text = f"site {self.settings.name}: {what}; {remedy}"
-            return self._refuse(request, Reason.ENVIRONMENT, EnvironmentProblem.exit_code, text)
-        except Exception as error:
-            self._write_log(traceback.format_exc())
-            what = f"unexpected {type(error).__name__}: {error}"
-            text = f"site {self.settings.name}: {what} (details in {self.settings.state / 'site.log'})"
-            return self._refuse(request, Reason.INTERNAL, 1, text)
-        return reply
+            return Reason.ENVIRONMENT, EnvironmentProblem.exit_code, f"site {name}: {what}; {remedy}"
+        self._write_log("".join(traceback.format_exception(error)))
+        what = f"unexpected {type(error).__name__}: {error}"
+        return Reason.INTERNAL, 1, f"site {name}: {what} (details in {self.settings.state / 'site.log'})"
 
-    def _dispatch(self, request: Request) -> HelloReply | TrainReply | EvaluateReply:
+    def turn_away(self, kind: str, error: Exception) -> None:
+        """Write down a message that was no request, or came with another bundle: a reason code leaves."""
+        self._keeper.turn_away(kind, error.reason if isinstance(error, FedNeuroError) else Reason.INTERNAL)
+
+    def close(self) -> None:
+        """The node stops: sign the audit log."""
+        self._keeper.close()
+
+    def _dispatch(self, request: Request) -> gate.Answer:
+        import torch  # and what else computes: a runner whose child does it never loads them
+
+        from .evaluation import evaluate
+        from .gpu_share import limit_gpu_memory
+        from .secure_training import answer_step
+        from .session import software_versions
+        from .training import train
+
         torch.set_num_threads(request.study.training.threads)
+        limit_gpu_memory(self.settings.gpu_memory_fraction)
         session = self._open(request.study)
         if request.kind == "hello":
             self._clear_fault()
@@ -75,19 +95,47 @@ class Site:
                 role=self.settings.role,
                 public_size=self.settings.public_size,
                 versions=software_versions(),
+                identity=self._identity(request.study),
             )
+        if request.kind in SECURE_KINDS:
+            answered = answer_step(session, request)
+            self._note_attempt(request, answered.attempt if isinstance(answered, MaskedReply) else None)
+            for note in session.take_notes():
+                self._write_log(note)
+            return answered
         if request.arrays is None:
             raise gate.missing_arrays(request)
         if request.kind == "train":
-            return train(session, request.round, request.arrays)
+            trained = train(session, request.round, request.arrays, request.receipt)
+            self._note_attempt(request, trained.attempt)
+            for note in session.take_notes():
+                self._write_log(note)
+            return trained
         return evaluate(session, request.round, request.arrays, final=request.final)
 
-    def _open(self, study: Study) -> Session:
+    def _identity(self, study: Study) -> bytes:
+        """The site's public key, where the study has other hospitals ask for it."""
+        if study.privacy.mode != "distributed" or self.settings.role is not Role.TRAIN:
+            return b""
+        from .secure_training import identity_of
+
+        return identity_of(self.settings).public
+
+    def _note_attempt(self, request: Request, attempt: int | None) -> None:
+        if (attempt or 1) > 1:
+            self._write_log(
+                f"{request.kind} round {request.round}: attempt {attempt}; the privacy ledger was charged again"
+            )
+
+    def _open(self, study: Study) -> "Session":
+        from .session import Session
+
         if self._session is None or self._session.study.hash != study.hash:
             self._session = None  # frees the old study's memory before the new one is loaded
             self._session = Session(self.settings, study)
-            for warning in self._session.data.warnings:
+            for warning in (*self._session.data.warnings, *self._session.take_notes()):
                 self._write_log(warning)
+        self._session.settings = self.settings  # the policy may have changed since
         return self._session
 
     def _refuse(self, request: Request, reason: Reason, exit_code: int, text: str) -> Refusal:
@@ -100,6 +148,7 @@ class Site:
             "round": request.round,
         }
         self._quietly(lambda: (self.settings.state / "last-fault.json").write_text(json.dumps(fault), encoding="utf-8"))
+        self._keeper.refuse(request, reason)
         return Refusal(site=self.settings.name, kind=request.kind, round=request.round, reason=reason)
 
     def _clear_fault(self) -> None:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flower's SuperNode with shorter pauses: ``python -m fedneuro.client.supernode`` takes its own options.
 
+Beside them ``--client-certificate`` and ``--client-key``: what it shows to the coordinator's guard
+(:mod:`.mutual_tls`); and ``--bundle``: SHA-256 of the only app bundle whose settings are read at all, so that a zip
+bomb in another one is never opened. On SIGUSR1 it sends the reply in hand, and ends when none is.
+
 Flower 1.41 pauses for a fixed 3 s between two looks for a message and for 0.5 s between two looks for the
 reply (``flwr/supernode/start_client_internal.py``); a round of two messages loses up to seven seconds to it.
 This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
@@ -9,18 +13,29 @@ Flower's own entry point. The look for a part of a message that is on its way be
 Flower's source and fails if the pauses are no longer where they were.
 """
 
+import argparse
+import hashlib
+import os
+import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 from ..privacy.flower_tasks import quicken_transfers
 from ..privacy.pace import Pace
+from .mutual_tls import present_certificate
 
-__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "main", "shorten_pauses"]
+__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "main", "open_only", "shorten_pauses"]
 
 IDLE_PAUSE = 3
 REPLY_PAUSE = 0.5
 """Flower's own pauses in seconds, by which the two places are told apart."""
+DRAIN_SECONDS = 5.0
+"""How long an ending SuperNode waits for a reply that no runner gives any more."""
+
+_draining: list[float] = []
+"""When it was told to end, if it was."""
 
 
 def shorten_pauses() -> None:
@@ -39,20 +54,54 @@ def shorten_pauses() -> None:
         if kind != last:
             pace.news()
             last = kind
+        if _draining and (kind == "idle" or time.monotonic() - _draining[0] > DRAIN_SECONDS):
+            _draining.clear()
+            os.kill(os.getpid(), signal.SIGTERM)  # Flower's own way out: it tells the SuperLink
         time.sleep(pace.pause())
 
     loop.__dict__["time"] = SimpleNamespace(sleep=sleep)
 
 
-def main() -> None:
-    """Run the SuperNode with the options on the command line."""
+def open_only(bundle: str) -> None:
+    """Let the SuperNode read the settings in the bundle with this SHA-256, and in no other.
+
+    A task with another bundle reaches the runner without settings, and is refused there.
+    """
+    from flwr.supernode import start_client_internal as loop
+
+    read = loop.__dict__["get_fused_config_from_fab"]
+
+    def guarded(content: bytes, run: object) -> object:
+        return read(content, run) if hashlib.sha256(content).hexdigest() == bundle else {}
+
+    loop.__dict__["get_fused_config_from_fab"] = guarded
+
+
+def main() -> int:
+    """Run the SuperNode with the options on the command line; returns when it gave its connection up.
+
+    Flower logs an answer such as 403 and returns, while the thread of its own Runtime API keeps the process: it
+    looks alive and does nothing. So the caller ends the process (code 1), and whoever supervises it starts it again.
+    """
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--client-certificate", type=Path)
+    own.add_argument("--client-key", type=Path)
+    own.add_argument("--bundle")
+    options, rest = own.parse_known_args()
+    if options.client_certificate and options.client_key:
+        present_certificate(options.client_certificate, options.client_key)
     shorten_pauses()
     quicken_transfers()
-    sys.argv[0] = "flower-supernode"
+    if options.bundle:
+        open_only(options.bundle)
+    signal.signal(signal.SIGUSR1, lambda *_: _draining.append(time.monotonic()))
+    sys.argv = ["flower-supernode", *rest]
     flower_supernode()
+    print("the SuperNode lost its connection for good: start it again", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    os._exit(main())

@@ -12,7 +12,7 @@ import time
 import torch
 
 from ..models.state import to_arrays
-from ..privacy.contract import Arrays, TrainReply
+from ..privacy.contract import Arrays, Receipt, TrainReply
 from ..privacy.errors import FedNeuroError, Reason
 from .optimizers import keep_optimizer, optimizer_for, set_learning_rate
 from .private_training import private_steps
@@ -21,11 +21,14 @@ from .session import Session, stream
 __all__ = ["train"]
 
 
-def train(session: Session, number: int, arrays: Arrays) -> TrainReply:
+def train(session: Session, number: int, arrays: Arrays, receipt: Receipt | None = None) -> TrainReply:
     """Train from the global ``arrays`` in round ``number`` (from 1).
+
+    ``receipt`` is the ledger's of an earlier round, as the coordinator shows it.
 
     Raises:
         BudgetExhausted: the ledger does not cover the round; nothing was trained.
+        LedgerDistrusted: the ledger was changed or put back; nothing was trained.
         FedNeuroError: the loss is not finite.
     """
     started = time.monotonic()
@@ -37,10 +40,10 @@ def train(session: Session, number: int, arrays: Arrays) -> TrainReply:
         torch.manual_seed(int(stream(study, session.settings.name, number, "dropout").integers(2**63)))
         if study.privacy.mode == "none":
             steps, loss = _plain_steps(session, number, optimizer)
-            epsilon = sigma = None
+            charge = sigma = None
         else:
             steps, loss = study.training.local_steps, None
-            epsilon, sigma = private_steps(session, number, optimizer)
+            charge, sigma = private_steps(session, number, optimizer, receipt)
     keep_optimizer(session, number, optimizer)
     return TrainReply(
         site=session.settings.name,
@@ -49,8 +52,10 @@ def train(session: Session, number: int, arrays: Arrays) -> TrainReply:
         steps=steps,
         seconds=time.monotonic() - started,
         loss=loss,
-        epsilon=epsilon,
+        epsilon=charge.epsilon_after if charge else None,
         noise_multiplier=sigma,
+        attempt=charge.attempt if charge else None,
+        receipt=charge.receipt if charge else None,
     )
 
 

@@ -7,7 +7,8 @@
     │   ├── DataError            a scan, a mask, a table, a data set
     │   └── StateError           an output folder that cannot be resumed or overwritten
     ├── Refused               3  a hospital's policy or privacy budget says no
-    │   └── BudgetExhausted      the ledger has no ε left for the round
+    │   ├── BudgetExhausted      the ledger has no ε left for the round
+    │   └── LedgerDistrusted     the ledger was changed, replaced or put back, or is another hospital's
     ├── QuorumLost            4  fewer hospitals answered than the study needs
     ├── EnvironmentProblem    5  port, disk, certificate, missing package
     └── ContractViolation     3  a message does not hold exactly what was agreed
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "EnvironmentProblem",
     "FedNeuroError",
+    "LedgerDistrusted",
     "QuorumLost",
     "Reason",
     "Refused",
@@ -40,13 +42,24 @@ class Reason(StrEnum):
     STUDY_NOT_APPROVED = "study-not-approved"
     ROLE_REFUSED = "role-refused"
     POLICY_REFUSED = "policy-refused"
+    POLICY_INVALID = "policy-invalid"
+    OUTSIDE_HOURS = "outside-hours"
+    TOO_MANY_REQUESTS = "too-many-requests"
+    ROUND_REPLAYED = "round-replayed"
+    AUDIT_DISTRUSTED = "audit-distrusted"
     BUDGET_EXHAUSTED = "budget-exhausted"
+    LEDGER_DISTRUSTED = "ledger-distrusted"
+    LEDGER_ROLLED_BACK = "ledger-rolled-back"
+    ACCOUNTING_DISAGREES = "accounting-disagrees"
     CONTRACT_VIOLATION = "contract-violation"
     DATA_INVALID = "data-invalid"
     NON_FINITE = "non-finite"
     OUT_OF_STEP = "out-of-step"
     ENVIRONMENT = "environment"
     INTERNAL = "internal-error"
+    TRAINING_CRASHED = "training-crashed"
+    OUT_OF_MEMORY = "out-of-memory"
+    OVER_TIME = "over-time"
     LOST = "lost"
     TIMEOUT = "timeout"
 
@@ -60,13 +73,24 @@ _PUBLIC_TEXT: dict[Reason, str] = {
     Reason.STUDY_NOT_APPROVED: "the hospital has not approved this study",
     Reason.ROLE_REFUSED: "the hospital does not grant the role that was asked of it",
     Reason.POLICY_REFUSED: "the hospital's policy forbids the request",
+    Reason.POLICY_INVALID: "the hospital's policy cannot be read, so nothing is permitted; its staff see why",
+    Reason.OUTSIDE_HOURS: "the hospital computes at other hours",
+    Reason.TOO_MANY_REQUESTS: "the hospital was asked more often in an hour than it permits",
+    Reason.ROUND_REPLAYED: "the hospital has answered this round, or a later one, before",
+    Reason.AUDIT_DISTRUSTED: "the hospital's audit log is not as it was written, so nothing leaves",
     Reason.BUDGET_EXHAUSTED: "the hospital's privacy budget does not cover the round",
+    Reason.LEDGER_DISTRUSTED: "the hospital's privacy ledger is not as it was written",
+    Reason.LEDGER_ROLLED_BACK: "the hospital's privacy ledger does not hold a charge that it gave a receipt for",
+    Reason.ACCOUNTING_DISAGREES: "two accountants contradict each other about what the round costs",
     Reason.CONTRACT_VIOLATION: "the message does not hold what the contract allows",
     Reason.DATA_INVALID: "the hospital's data set has a fault; its staff see it in the node's log",
     Reason.NON_FINITE: "training gave a value that is not a finite number",
     Reason.OUT_OF_STEP: "the hospital's saved state belongs to another round",
     Reason.ENVIRONMENT: "the hospital's machine has a fault; its staff see it in the node's log",
     Reason.INTERNAL: "the node met an unexpected error; its staff see it in the node's log",
+    Reason.TRAINING_CRASHED: "the hospital's training process ended; its staff see why in the node's log",
+    Reason.OUT_OF_MEMORY: "training took more memory than the hospital's machine gives it",
+    Reason.OVER_TIME: "training took longer than the hospital's machine gives it",
     Reason.LOST: "the hospital cannot be reached",
     Reason.TIMEOUT: "the hospital did not answer in time",
 }
@@ -117,6 +141,12 @@ class BudgetExhausted(Refused):
     """The privacy ledger does not cover the round."""
 
     default_reason = Reason.BUDGET_EXHAUSTED
+
+
+class LedgerDistrusted(Refused):
+    """The privacy ledger is not what it was: a changed row, an old copy, another hospital's file."""
+
+    default_reason = Reason.LEDGER_DISTRUSTED
 
 
 class ContractViolation(FedNeuroError):

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..models.spec import ModelSection, Section, TaskSection, contradiction
+from ..models.spec import ModelSection, Section, TaskSection, Trainable, contradiction
 from .errors import ContractViolation
+from .study_init import PHANTOM_MODALITIES, InitSection
+from .study_privacy import PrivacySection
 
 __all__ = [
     "DataSection",
@@ -34,6 +36,7 @@ SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Metric = Literal["dice", "hd95", "accuracy", "auroc"]
 SMALLEST_RESNET_PATCH = 32
 SEGMENTATION_METRICS = frozenset({"dice", "hd95"})
+BOUNDED_METRICS = frozenset({"dice", "accuracy"})
 
 
 class StudySection(Section):
@@ -134,6 +137,7 @@ class TrainingSection(Section):
         lt=1.0,
         description="Decay per round of the averaged global model that is evaluated. 0: none.",
     )
+    trainable: Trainable = "all"
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Arithmetic of forward and backward."
     )
@@ -143,6 +147,9 @@ class TrainingSection(Section):
         ge=1,
         le=256,
         description="CPU threads of one site. Part of the study: the order of sums, and so the bits, depend on it.",
+    )
+    init: InitSection = Field(
+        default_factory=InitSection, description="What the first round starts from: a table, [training.init]."
     )
 
     @model_validator(mode="after")
@@ -177,27 +184,6 @@ class StrategySection(Section):
     round_timeout: float = Field(
         default=3600.0, gt=0, le=7 * 86400, description="Seconds to wait for a site in a round."
     )
-
-
-class PrivacySection(Section):
-    """What is promised to each patient. Unit: the patient. Neighbouring relation: zero-out of one patient."""
-
-    mode: Literal["none", "local"] = Field(
-        default="local",
-        description="local: each hospital's update is private against everyone, the server included. "
-        "none: no promise; a hospital must permit it.",
-    )
-    epsilon: float = Field(default=8.0, gt=0, le=1000, description="Budget of the whole study at each site.")
-    delta: float = Field(
-        default=1e-5, gt=0, lt=1, description="Probability that the promise fails; below 1 / cohort size."
-    )
-    sample_rate: float = Field(
-        default=0.25, gt=0, le=1, description="Probability that a patient takes part in a step (Poisson sampling)."
-    )
-    crops_per_patient: int = Field(
-        default=4, ge=1, le=256, description="Crops over all scans of a patient, averaged before clipping."
-    )
-    clip: float = Field(default=1.0, gt=0, le=1e6, description="Bound C on the L2 norm of one patient's gradient.")
 
 
 class EvaluationSection(Section):
@@ -294,6 +280,8 @@ class Study(Section):
         """Metrics that a site returns, in the order of the study."""
         if self.evaluation.metrics:
             return self.evaluation.metrics
+        if self.privacy.metrics == "noise":
+            return ("dice",) if self.task.kind == "segmentation" else ("accuracy",)
         return ("dice", "hd95") if self.task.kind == "segmentation" else ("accuracy", "auroc")
 
     @property
@@ -305,6 +293,56 @@ class Study(Section):
     def total_steps(self) -> int:
         """Private steps that one site takes in the whole study (mode ``local`` needs ``local_steps``)."""
         return self.training.rounds * self.training.local_steps
+
+    @model_validator(mode="after")
+    def _check_distributed(self) -> Self:
+        if self.privacy.mode != "distributed":
+            return self
+        if self.training.local_steps != 1:
+            raise contradiction(
+                "training.local_steps",
+                f'training.local_steps = {self.training.local_steps} with privacy.mode = "distributed"',
+                "a round is one step over all hospitals together: set training.local_steps = 1, and more rounds",
+            )
+        if not self.privacy.delta:
+            raise contradiction(
+                "privacy.delta",
+                'privacy.delta = 0 with privacy.mode = "distributed"',
+                "the hospitals share one noise, so they need one delta: set it below 1 / the largest cohort",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        if self.training.init.source != "phantoms":
+            return self
+        key, supported = "training.init.from", "phantoms teach segmentation of one label on scans that they know"
+        if self.task.kind != "segmentation" or len(self.task.labels) != 1:
+            found = f"phantoms for {self.task.kind} of {len(self.task.labels)} labels"
+            raise contradiction(key, found, f'{supported}: use "checkpoint" or ""')
+        if unknown := [m for m in self.data.modalities if m.rsplit("_", 1)[-1] not in PHANTOM_MODALITIES]:
+            raise contradiction(key, f'phantoms for the modality "{unknown[0]}"', f"{supported}: {PHANTOM_MODALITIES}")
+        if self.data.normalise == "none":
+            found = 'phantoms with data.normalise = "none"'
+            raise contradiction(key, found, 'their grey levels mean nothing by themselves: use "zscore"')
+        return self
+
+    @model_validator(mode="after")
+    def _check_released_metrics(self) -> Self:
+        if self.privacy.metrics != "noise":
+            return self
+        if self.privacy.mode == "none":
+            raise contradiction(
+                "privacy.metrics", 'privacy.metrics = "noise" with privacy.mode = "none"', 'use "suppress"'
+            )
+        for key, names in (("metrics", self.evaluation.metrics), ("select", (self.evaluation.select,))):
+            if unbounded := sorted(set(names) - BOUNDED_METRICS - {"", "last"}):
+                raise contradiction(
+                    f"evaluation.{key}",
+                    f'"{unbounded[0]}" with privacy.metrics = "noise"',
+                    "only dice and accuracy can be noised: they are means over patients of values from 0 to 1",
+                )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -333,6 +371,7 @@ class Study(Section):
                 f'data.patch = {list(data.patch)} for resnet with norm = "instance"',
                 f"every side must be above {SMALLEST_RESNET_PATCH}: the last stage needs more than one voxel",
             )
+        self.privacy.check_beside(model.name, self.training.trainable, self.training.precision)
         if data.spacing and len(data.spacing) != 3:
             raise contradiction("data.spacing", f"{len(data.spacing)} numbers", "give three numbers in mm, or none")
         if not segmentation and self.training.loss in ("dice", "dice_ce"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from .study_words import choices, expectation, section_schemas, toml_value
+from .study_words import choices, expectation, section_of, section_schemas, toml_value
 
 __all__ = ["KeyPath", "Places", "fault_lines"]
 
@@ -75,10 +75,12 @@ def fault_lines(errors: Iterable[ErrorDetails], values: Mapping[str, Any], place
 
 def _key(error: ErrorDetails) -> KeyPath:
     location = tuple(map(str, error["loc"]))
+    section = section_of(location)
+    depth = len(section.split(".")) if section else 1
     if error["type"] != "contradiction":
-        return location[:2]
+        return location[: depth + 1]
     name = str(error.get("ctx", {})["key"])
-    return tuple(name.split(".")) if "." in name else (*location[:1], name)
+    return tuple(name.split(".")) if "." in name else (*location[:depth], name)
 
 
 def _fault(error: ErrorDetails, key: KeyPath, values: Mapping[str, Any]) -> tuple[str, str]:
@@ -87,18 +89,18 @@ def _fault(error: ErrorDetails, key: KeyPath, values: Mapping[str, Any]) -> tupl
         context = error.get("ctx", {})
         subject = "" if str(context["found"]).startswith(dotted(key)) else dotted(key)
         return subject, f"{context['found']}; {context['allowed']}"
-    if len(key) < 2:
+    section, name = section_of(key[:-1]), key[-1]
+    if not section or section.split(".") != list(key[:-1]) or section_of(key) != section:
         return _section_fault(key, values)
-    section, name = key
     schemas = section_schemas()[section]
     if error["type"] == "missing":
         schema = schemas[name]
         return dotted(key), f"missing; expected {expectation(schema)} ({schema['description']})"
-    value = values[section][name]
+    value = _found(values, key)
     if name not in schemas:
         return _shown(key, value), _unknown_key(section, name)
     schema, place = schemas[name], ""
-    index = error["loc"][2] if len(error["loc"]) > 2 else None
+    index = error["loc"][len(key)] if len(error["loc"]) > len(key) else None
     item = value
     if isinstance(index, int) and isinstance(value, list):
         item = value[index]
@@ -107,11 +109,18 @@ def _fault(error: ErrorDetails, key: KeyPath, values: Mapping[str, Any]) -> tupl
     return _shown(key, value), f"expected {expectation(schema)}{_remedy(schema, item)}"
 
 
+def _found(values: Mapping[str, Any], key: KeyPath) -> Any:
+    value: Any = values
+    for part in key:
+        value = value[part]
+    return value
+
+
 def _section_fault(key: KeyPath, values: Mapping[str, Any]) -> tuple[str, str]:
-    name, sections = key[0], list(section_schemas())
-    value = values[name]
-    if name in sections:
-        return _shown(key, value), f"expected a section: [{name}] on a line of its own and its keys below it"
+    name, value = key[0], _found(values, key)
+    if section := section_of(key):
+        return _shown(key, value), f"expected a section: [{section}] on a line of its own and its keys below it"
+    sections = [section for section in section_schemas() if "." not in section]
     if isinstance(value, dict):
         return f"[{dotted(key)}]", f"unknown section{_nearest(name, sections, '[{}]')} (allowed: {', '.join(sections)})"
     return _shown(key, value), f"a key outside the sections{_home(name)}"

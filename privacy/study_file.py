@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from .errors import StudyError
 from .study import Study
 from .study_faults import KeyPath, Places, dotted, fault_lines, short
-from .study_words import describe, json_schema, reference_markdown, section_schemas
+from .study_words import describe, json_schema, reference_markdown, section_of, section_schemas
 
 __all__ = ["describe", "json_schema", "load_study", "reference_markdown"]
 
@@ -58,7 +58,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if faults:
         raise StudyError("\n".join(faults))
     for section in section_schemas():
-        values.setdefault(section, {})  # so that a missing section shows as its missing keys
+        if "." not in section:
+            values.setdefault(section, {})  # so that a missing section shows as its missing keys
     try:
         return Study.parse(_without_dates(values))
     except ValidationError as error:
@@ -163,7 +164,8 @@ def _apply(values: dict[str, Any], overrides: Iterable[str], places: Places) -> 
         text = given.encode(errors="backslashreplace").decode().replace("\n", "\\n")
         key, equals, value_text = (part.strip() for part in text.partition("="))
         path = tuple(part.strip() for part in key.split("."))
-        if not equals or len(path) != 2 or not all(path):
+        placed = len(path) == 2 or (len(path) == 3 and section_of(path) == ".".join(path[:2]))
+        if not equals or not all(path) or not placed:
             faults.append(f"--set {text}: expected section.key=value, such as --set training.rounds=5")
             continue
         try:
@@ -175,9 +177,11 @@ def _apply(values: dict[str, Any], overrides: Iterable[str], places: Places) -> 
             )
             continue
         places.overrides[path] = f"--set {key}={value_text}"
-        section = values.setdefault(path[0], {})
-        if isinstance(section, dict):
-            section[path[1]] = value
+        table: Any = values
+        for part in path[:-1]:
+            table = table.setdefault(part, {}) if isinstance(table, dict) else None
+        if isinstance(table, dict):
+            table[path[-1]] = value
     return faults
 
 

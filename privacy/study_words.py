@@ -17,9 +17,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from .study import Study
 
-__all__ = ["describe", "expectation", "json_schema", "reference_markdown", "section_schemas", "toml_value"]
+__all__ = [
+    "describe",
+    "expectation",
+    "json_schema",
+    "reference_markdown",
+    "section_of",
+    "section_schemas",
+    "toml_value",
+]
 
 Schema = Mapping[str, Any]
 
@@ -45,12 +55,30 @@ def json_schema() -> dict[str, Any]:
 
 @cache
 def section_schemas() -> dict[str, dict[str, Schema]]:
-    """The schema of every key: ``{section: {key: schema}}``, in the order of the study."""
-    schema = json_schema()
-    sections = {}
-    for section, link in schema["properties"].items():
-        sections[section] = dict(_resolve(link)["properties"])
+    """The schema of every key: ``{section: {key: schema}}``, in the order of the study.
+
+    A table within a section follows it as a section of its own, such as ``training.init``.
+    """
+    sections: dict[str, dict[str, Schema]] = {}
+    for section, link in json_schema()["properties"].items():
+        keys = dict(_resolve(link)["properties"])
+        tables = {key: keys.pop(key) for key, schema in tuple(keys.items()) if "$ref" in schema}
+        sections[section] = keys
+        for key, table in tables.items():
+            sections[f"{section}.{key}"] = dict(_resolve(table)["properties"])
     return sections
+
+
+def section_of(key: Sequence[str]) -> str:
+    """The innermost section that the parts of a key lie in, or name; empty where there is none.
+
+    Example:
+        >>> section_of(("training", "init", "steps")), section_of(("training", "rounds"))
+        ('training.init', 'training')
+    """
+    parts = {tuple(name.split(".")): name for name in section_schemas()}
+    found = [parts[head] for end in (1, 2) if (head := tuple(key[:end])) in parts]
+    return found[-1] if found else ""
 
 
 def _resolve(link: Schema) -> Schema:
@@ -64,7 +92,7 @@ def choices(schema: Schema) -> list[Any]:
 
     Example:
         >>> choices(section_schemas()["privacy"]["mode"])
-        ['none', 'local']
+        ['none', 'local', 'distributed']
     """
     if "items" in schema:
         return choices(schema["items"])
@@ -151,9 +179,22 @@ def describe(study: Study) -> str:
     for section, keys in section_schemas().items():
         lines += ["", f"[{section}]"]
         for key, schema in keys.items():
+            field, value = _value(study, section, key)
+            if field.exclude and value == field.default:
+                continue  # no part of the canonical form
             lines += textwrap.wrap(_meaning(schema), 100, initial_indent="# ", subsequent_indent="# ")
-            lines.append(f"{key} = {toml_value(getattr(getattr(study, section), key))}")
+            lines.append(f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _value(study: Study, section: str, key: str) -> tuple[FieldInfo, Any]:
+    """The field and value of a key, which may be a name that Python does not take, such as ``from``."""
+    part: Any = study
+    for name in section.split("."):
+        part = getattr(part, name)
+    fields = type(part).model_fields
+    name = next(name for name, field in fields.items() if key in (name, field.alias))
+    return fields[name], getattr(part, name)
 
 
 def _meaning(schema: Schema) -> str:
@@ -171,7 +212,7 @@ def reference_markdown() -> str:
         textwrap.fill(_REFERENCE_HEAD, 110, break_on_hyphens=False),
     ]
     for section, keys in section_schemas().items():
-        about = " ".join(str(_resolve(json_schema()["properties"][section])["description"]).split())
+        about = " ".join(str(_resolve(_link(section))["description"]).split())
         lines += ["", f"## [{section}]", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
         for key, schema in keys.items():
             default = f"`{toml_value(schema['default'])}`" if "default" in schema else "required"
@@ -179,6 +220,12 @@ def reference_markdown() -> str:
             cells = (f"`{key}`", default, allowed, str(schema["description"]))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _link(section: str) -> Schema:
+    outer, _, inner = section.partition(".")
+    link: Schema = json_schema()["properties"][outer]
+    return _resolve(link)["properties"][inner] if inner else link
 
 
 _REFERENCE_HEAD = (

@@ -6,7 +6,8 @@ A message is a Flower ``RecordDict`` of one or two records, whose keys are liste
     =========  ============  ====================================================================
     record     kind          holds
     =========  ============  ====================================================================
-    request    ConfigRecord  contract, kind, round, final, study, study-hash, [model keys]
+    request    ConfigRecord  contract, kind, round, final, study, study-hash, [receipt], [signature], [model keys],
+                             and those of a step of secure aggregation (:mod:`~fedneuro.privacy.wire_secure`)
     reply      ConfigRecord  contract, type, site, and the fields of that reply, [model keys];
                              of metrics: metrics (names), values (mean, low, high of each), patients
     arrays     ArrayRecord   ``state``: the bytes of all arrays of a model, one after another
@@ -25,34 +26,43 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.state import digest
+from . import wire_secure
 from .contract import (
+    SECURE_KINDS,
     Arrays,
     Estimate,
     EvaluateReply,
     HelloReply,
     Kind,
+    MaskedReply,
+    Receipt,
     Refusal,
     Reply,
     Request,
     Role,
     TrainReply,
+    check_request,
 )
 from .errors import ContractViolation, Reason
 from .study import Study
-from .wire_fields import MAX_ENTRIES, MAX_TEXT, VERSION, Fields, short
+from .wire_fields import VERSION, Fields, read_versions, short
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, RecordDict
 
 __all__ = ["MESSAGE_TYPES", "Packed", "decode_reply", "decode_request", "encode_reply", "encode_request", "pack"]
 
-MESSAGE_TYPES: Final[Mapping[Kind, str]] = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
+MESSAGE_TYPES: Final[Mapping[Kind, str]] = {
+    "hello": "query.hello", "train": "train", "evaluate": "evaluate",
+    "keys": "query.keys", "shares": "query.shares", "masked": "train.masked", "unmask": "query.unmask",
+}  # fmt: skip
 """Flower's message type of each kind of request."""
 
 # Limits against a message that is made to exhaust memory; each is far above what a study needs.
@@ -61,10 +71,12 @@ MAX_STATE_BYTES: Final = 4 * 1024**3
 MAX_ARRAYS: Final = 16_384
 
 _STYPE: Final = "fedneuro.state"
-_DTYPES: Final = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8", "bool"})
+_DTYPES: Final = frozenset({"float16", "float32", "float64", "int32", "int64", "uint64", "uint8", "bool"})
 _SITE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SHAPE: Final = re.compile(r"([0-9]{1,12}(,[0-9]{1,12}){0,7})?")
+_RECEIPT: Final = re.compile(r"[1-9][0-9]{0,14}:[0-9a-f]{16}")
+_SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 _METRIC: Final = re.compile(r"[A-Za-z][A-Za-z0-9_ :.-]{0,127}")
 
 Packed = tuple[Mapping[str, Any], "ArrayRecord"]
@@ -113,7 +125,7 @@ def encode_request(request: Request, packed: Packed | None = None) -> "RecordDic
     """
     from flwr.app import ConfigRecord, RecordDict
 
-    _check_request(request)
+    check_request(request)
     values: dict[str, Any] = {
         "contract": VERSION,
         "kind": request.kind,
@@ -122,6 +134,12 @@ def encode_request(request: Request, packed: Packed | None = None) -> "RecordDic
         "study": request.study.canonical,
         "study-hash": request.study.hash,
     }
+    if request.receipt is not None:
+        values["receipt"] = _receipt_text(request.receipt)
+    if request.signature:
+        values["signature"] = request.signature.hex()
+    if request.secure is not None:
+        values |= wire_secure.step_values(request.kind, request.secure)
     records: dict[str, Any] = {}
     if request.arrays is not None:
         keys, records["arrays"] = packed or pack(request.arrays)
@@ -142,10 +160,12 @@ def encode_reply(reply: Reply) -> "RecordDict":
     if isinstance(reply, HelloReply):
         values |= {"type": "hello", "role": reply.role.value, "public-size": reply.public_size}
         values |= {"versions": json.dumps(dict(reply.versions)), "has-validation": reply.has_validation}
+        values |= {"identity": reply.identity} if reply.identity else {}
     elif isinstance(reply, TrainReply):
         values |= {"type": "train", "round": reply.round, "steps": reply.steps, "seconds": float(reply.seconds)}
         optional = {"loss": reply.loss, "epsilon": reply.epsilon, "noise-multiplier": reply.noise_multiplier}
         values |= {key: float(value) for key, value in optional.items() if value is not None}
+        values |= _charge_values(reply)
         keys, records["arrays"] = pack(reply.arrays)
         values |= keys
     elif isinstance(reply, EvaluateReply):
@@ -153,8 +173,16 @@ def encode_reply(reply: Reply) -> "RecordDict":
         estimates = reply.metrics.values()
         values |= {"metrics": list(reply.metrics), "patients": [e.n for e in estimates]}
         values |= {"values": [float(number) for e in estimates for number in (e.mean, e.low, e.high)]}
-    else:
+    elif isinstance(reply, MaskedReply):
+        values |= {"type": "masked", "round": reply.round, "seconds": float(reply.seconds)}
+        values |= {"epsilon": float(reply.epsilon), "noise-multiplier": float(reply.noise_multiplier)}
+        values |= _charge_values(reply)
+        keys, records["arrays"] = pack({"vector": reply.vector})
+        values |= keys
+    elif isinstance(reply, Refusal):
         values |= {"type": "refusal", "kind": reply.kind, "round": reply.round, "reason": reply.reason.value}
+    else:
+        values |= wire_secure.reply_values(reply)
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ContractViolation(
@@ -179,10 +207,21 @@ def decode_request(content: "RecordDict") -> Request:
         raise ContractViolation(f"the study has {len(study_bytes)} bytes; at most {MAX_STUDY_BYTES} may travel")
     study = Study.from_canonical(study_bytes, fields.match("study-hash", _HASH))
     arrays = _unpack(content, fields) if "digest" in fields else None
-    number, final = fields.whole("round"), fields.take("final", bool)
+    signature = bytes.fromhex(fields.match("signature", _SIGNATURE)) if "signature" in fields else b""
+    number, final, receipt = fields.whole("round"), fields.take("final", bool), _receipt(fields)
+    secure = wire_secure.read_step(kind, fields) if kind in SECURE_KINDS else None
     fields.close({"request"} if arrays is None else {"request", "arrays"})
-    request = Request(kind=kind, study=study, round=number, arrays=arrays, final=final)
-    _check_request(request)
+    request = Request(
+        kind=kind,
+        study=study,
+        round=number,
+        arrays=arrays,
+        final=final,
+        receipt=receipt,
+        secure=secure,
+        signature=signature,
+    )
+    check_request(request)
     return request
 
 
@@ -200,9 +239,12 @@ def decode_reply(content: "RecordDict") -> Reply:
 def _hello(_: "RecordDict", fields: Fields, site: str) -> Reply:
     role = Role(fields.choice("role", tuple(Role)))
     size, validation = fields.whole("public-size"), fields.take("has-validation", bool)
-    versions = _versions(fields.take("versions", str))
+    versions = read_versions(fields.take("versions", str))
+    identity = wire_secure.identity(fields) if "identity" in fields else b""
     fields.close({"reply"})
-    return HelloReply(site=site, role=role, public_size=size, versions=versions, has_validation=validation)
+    return HelloReply(
+        site=site, role=role, public_size=size, versions=versions, has_validation=validation, identity=identity
+    )
 
 
 def _train(content: "RecordDict", fields: Fields, site: str) -> Reply:
@@ -217,8 +259,35 @@ def _train(content: "RecordDict", fields: Fields, site: str) -> Reply:
         loss=optional["loss"],
         epsilon=optional["epsilon"],
         noise_multiplier=optional["noise-multiplier"],
+        attempt=fields.whole("attempt") if "attempt" in fields else None,
+        receipt=_receipt(fields),
     )
     fields.close({"reply", "arrays"})
+    return reply
+
+
+def _masked(content: "RecordDict", fields: Fields, site: str) -> Reply:
+    arrays = _unpack(content, fields)
+    vector = arrays.get("vector")
+    if len(arrays) != 1 or vector is None or vector.dtype != np.uint64 or vector.ndim != 1:
+        raise ContractViolation("a masked reply does not hold one vector of uint64")
+    reply = MaskedReply(
+        site=site,
+        round=fields.whole("round"),
+        vector=cast(NDArray[np.uint64], vector),
+        seconds=fields.number("seconds"),
+        epsilon=fields.number("epsilon"),
+        noise_multiplier=fields.number("noise-multiplier"),
+        attempt=fields.whole("attempt") if "attempt" in fields else None,
+        receipt=_receipt(fields),
+    )
+    fields.close({"reply", "arrays"})
+    return reply
+
+
+def _secure(_: "RecordDict", fields: Fields, site: str, *, kind: str) -> Reply:
+    reply = wire_secure.read_reply(kind, fields, site)
+    fields.close({"reply"})
     return reply
 
 
@@ -250,6 +319,8 @@ _REPLIES: Final[Mapping[str, Callable[["RecordDict", Fields, str], Reply]]] = {
     "train": _train,
     "evaluate": _evaluate,
     "refusal": _refusal,
+    "masked": _masked,
+    **{kind: partial(_secure, kind=kind) for kind in ("keys", "shares", "unmask")},
 }
 
 
@@ -298,33 +369,22 @@ def _layout(fields: Fields) -> tuple[list[str], list[str], list[tuple[int, ...]]
     return names, dtypes, shapes
 
 
-def _versions(text: str) -> dict[str, str]:
-    """Software versions: a small JSON object of texts."""
-    try:
-        values = json.loads(text) if len(text) <= MAX_ENTRIES * MAX_TEXT else None
-    except (ValueError, RecursionError):
-        values = None
-    if (
-        not isinstance(values, dict)
-        or len(values) > MAX_ENTRIES
-        or not all(type(v) is str and len(v) <= MAX_TEXT and len(k) <= MAX_TEXT for k, v in values.items())
-    ):
-        raise ContractViolation("versions of the reply is not a small JSON object of texts")
-    return values
+def _charge_values(reply: TrainReply | MaskedReply) -> dict[str, Any]:
+    """What a reply tells of the ledger."""
+    values: dict[str, Any] = {} if reply.attempt is None else {"attempt": reply.attempt}
+    return values if reply.receipt is None else values | {"receipt": _receipt_text(reply.receipt)}
 
 
-def _check_request(request: Request) -> None:
-    """What a request of each kind may hold."""
-    if (
-        request.round < 0
-        or (request.kind == "hello" and request.round)
-        or (request.kind == "train" and not request.round)
-    ):
-        raise ContractViolation(f"round {request.round} does not suit a {request.kind} request")
-    if (request.arrays is None) is not (request.kind == "hello"):
-        raise ContractViolation(f"a {request.kind} request {'with a' if request.arrays else 'without a'} model")
-    if request.final and request.kind != "evaluate":
-        raise ContractViolation(f"final does not suit a {request.kind} request")
+def _receipt_text(receipt: Receipt) -> str:
+    return f"{receipt.count}:{receipt.head}"
+
+
+def _receipt(fields: Fields) -> Receipt | None:
+    """The receipt of a message, which may be absent."""
+    if "receipt" not in fields:
+        return None
+    count, _, head = fields.match("receipt", _RECEIPT).partition(":")
+    return Receipt(count=int(count), head=head)
 
 
 def _record(content: "RecordDict", name: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@
 Knows nothing of Flower; :mod:`fedneuro.privacy.wire` hands it plain keys and values.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from .errors import ContractViolation, Reason
 
-__all__ = ["MAX_ENTRIES", "MAX_TEXT", "VERSION", "Fields", "not_finite", "short"]
+__all__ = ["MAX_ENTRIES", "MAX_TEXT", "VERSION", "Fields", "not_finite", "read_versions", "short"]
 
 VERSION: Final = 1
 """Version of this form. Both sides must speak the same."""
@@ -99,3 +100,22 @@ def not_finite(key: str, value: float) -> ContractViolation:
 def short(text: str) -> str:
     """A foreign text made safe for one log line."""
     return ascii(text[:60])
+
+
+def read_versions(text: str) -> dict[str, str]:
+    """Software versions: a small JSON object of texts.
+
+    Raises:
+        ContractViolation: it is something else.
+    """
+    try:
+        values = json.loads(text) if len(text) <= MAX_ENTRIES * MAX_TEXT else None
+    except (ValueError, RecursionError):
+        values = None
+    if (
+        not isinstance(values, dict)
+        or len(values) > MAX_ENTRIES
+        or not all(type(v) is str and len(v) <= MAX_TEXT and len(k) <= MAX_TEXT for k, v in values.items())
+    ):
+        raise ContractViolation("versions of the reply is not a small JSON object of texts")
+    return values

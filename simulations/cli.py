@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure FedNeuro beside its alternatives, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+privacy = typer.Typer(help="Plan what a private study costs, before anything is spent.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy")
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (TOML).")]
 Sites = Annotated[Path, typer.Option("--sites", help="Folder that holds one BIDS folder per hospital.")]
@@ -133,13 +135,14 @@ def show(results: Mapping[str, Any], out: Path) -> None:
     epsilons: Mapping[str, float] = results["privacy"]["epsilon"]
     title = f"round {results['selected_round']} of study {results['study_hash'][:12]}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("site", "role", "metric", "mean [95 % interval]", "patients", "untrained", "ε"):
+    start = "before" if results["start"]["from"] else "untrained"
+    for column in ("site", "role", "metric", "mean [95 % interval]", "patients", start, "ε"):
         table.add_column(column, no_wrap=True)
     for name, site in sorted(results["sites"].items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
         spent = epsilons.get(name, max(epsilons.values(), default=None))
         for metric, value in site["metrics"].items():
             low, high = value["ci95"]
-            before = site["untrained"].get(metric)
+            before = site["start"].get(metric)
             table.add_row(
                 name,
                 site["role"],
@@ -150,6 +153,8 @@ def show(results: Mapping[str, Any], out: Path) -> None:
                 f"{spent:.2f}" if spent is not None else "no privacy",
             )
     console.print(table)
+    if results["start"]["from"]:
+        console.print(f"before: {results['start']['title']}", highlight=False)
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -220,6 +225,35 @@ def _print_sizes(sizes: dict[str, int]) -> None:
         print(f"{name}: {count} patients")
 
 
+@privacy.command()
+def plan(
+    study: StudyFile,
+    sites: Sites,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for plan.png, plan.svg and plan.json.")] = None,
+    overrides: Set = None,
+    lifetime: Annotated[
+        float | None, typer.Option("--lifetime", min=0.001, help="Budget of each data set over all studies.")
+    ] = None,
+    spent: Annotated[
+        Path | None, typer.Option("--spent", help="Folder of an earlier run: what its sites' ledgers hold is spent.")
+    ] = None,
+) -> None:
+    """Table and plot of ε against rounds, noise, signal, who runs out first, what a change would do."""
+    from .planner import make_plan
+    from .planner_words import show_plan, write_plan
+    from .sites import find_sites, planned_settings
+
+    loaded = _load(study, overrides)
+    made = make_plan(loaded, planned_settings(loaded, find_sites(sites), spent=spent, lifetime=lifetime))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    show_plan(made, console)
+    if out is not None:
+        write_plan(made, out)
+        console.print(f"plot: {out / 'plan.png'}", highlight=False, soft_wrap=True)
+
+
 @bench.command()
 def overhead(json_out: JsonOut = None) -> None:
     """The same job as a plain PyTorch loop and through the in-process engine, side by side."""
@@ -234,6 +268,46 @@ def rounds(json_out: JsonOut = None, count: Annotated[int, typer.Option("--round
     from .benchmarks.rounds import bench_rounds
 
     print(json.dumps(bench_rounds(json_out, rounds=count), indent=2))
+
+
+@bench.command()
+def dp(
+    json_out: JsonOut = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed steps per arm.")] = 2,
+    cuda: Annotated[bool, typer.Option("--cuda", help="On the GPU.")] = False,
+) -> None:
+    """A private training step beside a plain one and beside Opacus' three ways: time and memory."""
+    from .benchmarks.dp import bench_dp
+
+    print(json.dumps(bench_dp(json_out, repeats=repeats, device="cuda" if cuda else "cpu"), indent=2))
+
+
+@bench.command()
+def secagg(
+    json_out: JsonOut = None,
+    sites: Annotated[int, typer.Option("--sites", min=4, help="Hospitals.")] = 10,
+    parameters: Annotated[int, typer.Option("--parameters", min=1, help="Trainable parameters.")] = 5_000_000,
+) -> None:
+    """One secure aggregation beside the same without masks, and with hospitals that drop out."""
+    from .benchmarks.secagg import bench_secagg
+
+    print(json.dumps(bench_secagg(json_out, sites=sites, parameters=parameters), indent=2))
+
+
+@bench.command()
+def utility(
+    study: StudyFile,
+    sites: Sites,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the runs; those that are complete stay.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each private cell.")] = 1,
+    json_out: JsonOut = None,
+) -> None:
+    """Held-out Dice over ε, trust model and start: what a promise to patients costs."""
+    from .benchmarks.utility import bench_utility, markdown
+
+    console = Console(stderr=True)
+    found = bench_utility(study, sites, out, seeds=seeds, console=console, json_path=json_out)
+    print(markdown(found["rows"]))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import httpx
 from ..client.settings import SiteSettings
 from ..privacy import errors
 from ..privacy.errors import EnvironmentProblem, FedNeuroError
+from ..privacy.secagg.keys import fingerprint, identity_of_pem
 from ..privacy.study import Study
 from ..server.bundle import bundle, bundle_hash
 from ..server.events import Event, Observer, ignore
@@ -113,6 +114,8 @@ class _Rehearsal:
         self.seen = max((number for number, _ in self.store.events()), default=0)
         self._start_coordinator()
         keys = [self._prepare_node(settings) for _, settings in sorted(self.sites.items())]
+        for node in self.nodes:
+            self._start_runner(node, keys)
         self._wait("the SuperLink did not start", self.control.is_healthy, ["superlink"])
         for node, key in zip(self.nodes, keys, strict=True):
             node.node_id = self.control.register(key, node.settings.name)
@@ -142,18 +145,26 @@ class _Rehearsal:
         self.processes.start("server", "fedneuro.server.runner:main", server, home)
 
     def _prepare_node(self, settings: SiteSettings) -> bytes:
-        """Write a hospital's files and start its runner; returns the public key of its node."""
+        """Make a hospital's folder and keys; returns the public key of its node."""
         node = _Node(settings, self.folder / "nodes" / settings.name, claim_port())
         node.folder.mkdir(parents=True, mode=0o700)
         key = make_node_key(node.folder / "node.key")
         write_private(node.folder / "runner.secret", secrets.token_hex(32).encode())
         shutil.copyfile(self.files.authority, node.folder / "ca.crt")
-        (node.folder / "node.toml").write_text(self._node_toml(node), encoding="utf-8")
-        settings.state.mkdir(parents=True, exist_ok=True)
-        arguments = ["run", "--config", str(node.folder / "node.toml")]
-        self.processes.start(f"runner-{settings.name}", "fedneuro.client.cli:main", arguments)
         self.nodes.append(node)
         return key
+
+    def _start_runner(self, node: _Node, keys: list[bytes]) -> None:
+        """Write a hospital's settings, in which it knows the others by their keys, and start its runner."""
+        peers = {
+            other.settings.name: fingerprint(identity_of_pem(key)) for other, key in zip(self.nodes, keys, strict=True)
+        }
+        text = self._node_toml(node)
+        text += "".join(f'\n[[peer]]\nname = "{name}"\nkey = "{key}"\n' for name, key in peers.items())
+        (node.folder / "node.toml").write_text(text, encoding="utf-8")
+        node.settings.state.mkdir(parents=True, exist_ok=True)
+        arguments = ["run", "--config", str(node.folder / "node.toml")]
+        self.processes.start(f"runner-{node.settings.name}", "fedneuro.client.cli:main", arguments)
 
     def _node_toml(self, node: _Node) -> str:
         settings = node.settings
@@ -167,6 +178,12 @@ class _Rehearsal:
                 **({"cache": str(settings.cache.resolve())} if settings.cache else {}),
             },
             "study": {"approved": [self.study.hash]},
+            "budget": {
+                "dataset": settings.dataset,
+                "epsilon": settings.lifetime.epsilon if settings.lifetime else "unlimited",
+                "delta": settings.lifetime.delta if settings.lifetime else 0.0,
+                "min_patients": settings.min_patients,
+            },
             "superlink": {"address": self.address, "root_certificate": "ca.crt", "key": "node.key"},
             "runner": {"port": node.port, "secret": "runner.secret", "bundle": bundle_hash(self.content)},
         }

@@ -16,6 +16,7 @@ from ..server.results import write_results
 from ..server.rounds import run_study
 from ..server.store import RunStore
 from .engines.inprocess import InProcessTransport, default_workers
+from .pretraining import initial_state
 from .sites import faults, find_sites, site_settings
 
 __all__ = ["Engine", "Simulation", "finish", "previews"]
@@ -62,8 +63,15 @@ class Simulation:
         if resume:
             store = RunStore.resume(self.out, self.study, engine=self.engine)
         else:
+            RunStore.refuse_to_replace(self.out, overwrite=overwrite)  # before minutes of pre-training
+            initial = initial_state(self.study, (self.cache or self.out / "cache") / "pre-training", observer)
             store = RunStore.create(
-                self.out, self.study, engine=self.engine, overwrite=overwrite, comparators=comparators
+                self.out,
+                self.study,
+                engine=self.engine,
+                overwrite=overwrite,
+                comparators=comparators,
+                initial=initial,
             )
             shutil.rmtree(self.out / "sites", ignore_errors=True)
         try:

@@ -3,16 +3,18 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..client.data import public_size
 from ..client.settings import SiteSettings
+from ..privacy.budget import Budget, site_delta
 from ..privacy.contract import Role
 from ..privacy.errors import DataError
 from ..privacy.study import Study
 
-__all__ = ["faults", "find_sites", "site_settings"]
+__all__ = ["faults", "find_sites", "planned_settings", "site_settings"]
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -62,6 +64,31 @@ def site_settings(
             cache=cache / name if cache else None,
         )
         for name, path in sites.items()
+    }
+
+
+def planned_settings(
+    study: Study, sites: dict[str, Path], *, spent: Path | None = None, lifetime: float | None = None
+) -> dict[str, SiteSettings]:
+    """Settings of sites that are only planned with: nothing of them is written.
+
+    Args:
+        study: the study.
+        sites: as :func:`find_sites` gives them.
+        spent: folder of an earlier run, whose ledgers count; None: nothing was spent.
+        lifetime: ε of each data set over all studies, at the δ that its public size gives; None: no bound.
+
+    Raises:
+        DataError: ``spent`` holds no run.
+    """
+    if spent is not None and not (spent / "sites").is_dir():
+        raise DataError(f"--spent {spent}: holds no run with simulated sites; give the folder that --out named")
+    settings = site_settings(study, sites, spent or Path("nowhere"))
+    if lifetime is None:
+        return settings
+    return {
+        name: replace(one, lifetime=Budget(epsilon=lifetime, delta=site_delta(0.0, one.public_size)))
+        for name, one in settings.items()
     }
 
 

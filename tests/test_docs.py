@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -30,13 +31,17 @@ def calls(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def commands(room: str) -> dict[str, set[str]]:
-    """Sub-commands and their options, from the command line itself."""
+    """Sub-commands and their options, from the command line itself; a group has the options of all in it."""
     app: typer.Typer = importlib.import_module(f"fedneuro.{ROOMS[room]}.cli").app
     group = get_command(app)
     found = getattr(group, "commands", {})
-    return {
-        name: {option for parameter in command.params for option in parameter.opts} for name, command in found.items()
-    }
+    return {name: options_of(command) for name, command in found.items()}
+
+
+def options_of(command: Any) -> set[str]:
+    """Options of a command and of all below it."""
+    below = [options_of(part) for part in getattr(command, "commands", {}).values()]
+    return {option for parameter in command.params for option in parameter.opts}.union(*below)
 
 
 @pytest.mark.parametrize("path", [*MARKDOWN, *STUDIES], ids=lambda path: path.name)

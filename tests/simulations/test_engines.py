@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration's study without privacy, on phantoms: every engine gives the same bits."""
+"""The demonstration's study without privacy, on phantoms, after pre-training: every engine gives the same bits."""
 
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study() -> Study:
     changes = ["privacy.mode=none", 'evaluation.heldout=["lake"]', "training.rounds=2", "training.local_steps=3"]
     changes += ["evaluation.bootstrap=100", "training.learning_rate=0.1", "training.batch_size=4"]
+    changes += ["training.init.from=phantoms", "training.init.steps=2", "training.init.patients=1"]
     return load_study(STUDIES / "demo.toml", changes)
 
 
@@ -49,5 +50,7 @@ def test_same_bits(
     assert model == expected_model
     assert results["study_hash"] == expected["study_hash"]
     assert results["sites"] == expected["sites"]
+    assert results["start"] == expected["start"]
+    assert results["start"]["digest"]
     assert [r["metrics"] for r in results["rounds"]] == [r["metrics"] for r in expected["rounds"]]
     assert (tmp_path / "out/report.html").is_file()
