@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # For example: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# Processes that run the tests; a test takes up to 1.5 GiB.
+WORKERS ?= 2
 BIN := .venv/bin
 
 # The study says how many threads a site takes; a setting from outside must not change the bits of a result.
@@ -31,7 +33,7 @@ demo: .venv/.runtime  ## five synthetic hospitals, four train, one judges: out/d
 	$(BIN)/fedneuro-sim demo --out out/demo
 
 test: .venv/.dev  ## all tests, with coverage
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: .venv/.dev  ## style, spelling, packaging metadata
 	$(BIN)/ruff check
