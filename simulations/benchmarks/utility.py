@@ -30,6 +30,14 @@ Start = Literal["untrained", "phantoms"]
 STEPS = 100
 """Private steps of a site in every private cell."""
 
+INIT: Mapping[str, str] = {
+    "training.init.from": '"phantoms"',
+    "training.init.steps": "450",
+    "training.init.patients": "32",
+    "training.init.lesions": '["mass", "mass", "mass", "blob"]',
+}
+"""Public pre-training, as in ``glioma-private.toml``."""
+
 SCRATCH: Mapping[str, str] = {
     "training.optimizer": '"sgd"',
     "training.momentum": "0.8",
@@ -69,7 +77,7 @@ class Cell:
         """The study keys that make this cell, as ``--set`` takes them."""
         keys = {"study.seed": str(self.seed)}
         if self.start == "phantoms":
-            keys["training.init.from"] = '"phantoms"'
+            keys |= INIT
         if self.epsilon is None:
             return [f"{key}={value}" for key, value in {**keys, "privacy.mode": '"none"'}.items()]
         keys |= SCRATCH if self.start == "untrained" else FINE_TUNE
