@@ -52,7 +52,7 @@ def gpu_neighbours(text: str, ours: Collection[int]) -> dict[int, int]:
         ours: process ids of the node.
 
     Example:
-        >>> gpu_neighbours("812, 5120\\n977, 12\\n4, [N/A]\\n", ours={4})
+        >>> gpu_neighbours("812, 5120\n977, 12\n4, [N/A]\n", ours={4})
         {812: 5120}
     """
     found: dict[int, int] = {}

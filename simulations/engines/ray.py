@@ -106,6 +106,7 @@ def _simulate(coordinate: Callable[[Any], None], settings: list[SiteSettings], w
 
     config: dict[str, Any] = {
         "init_args": {
+            "address": "local",  # a cluster of our own: never join one that runs on this machine
             "num_cpus": workers,
             "include_dashboard": False,
             "log_to_driver": False,

@@ -57,9 +57,7 @@ def test_really_missing_modalities(shared_data: Path) -> None:
     without = {p for p in everyone if (root / p / "anat" / f"{p}_T1w.nii.gz").exists()}
     complete = with_contrast & without
     assert complete < everyone, "the data set changed: no modality is missing any more"
-    with pytest.raises(
-        DataError, match=r'HT: sub-\w+: sub-\w+: no .*T1w image .* --set data\.missing_modality="exclude"'
-    ):
+    with pytest.raises(DataError, match=r'HT: sub-\w+: no .*T1w image .* --set data\.missing_modality="exclude"'):
         open_site(root, make_study(data=wanted))
     excluding = open_site(root, make_study(data=wanted | {"missing_modality": "exclude"}))
     assert set(excluding.patients) == complete

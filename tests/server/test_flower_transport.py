@@ -16,6 +16,7 @@ from fedneuro.privacy.contract import EvaluateReply, HelloReply, Refusal, Reply,
 from fedneuro.privacy.errors import EnvironmentProblem, Reason
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_request, encode_reply
+from fedneuro.privacy.wire_bytes import unsqueeze
 from fedneuro.server.flower_transport import FlowerTransport, registered_nodes
 
 STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
@@ -50,7 +51,9 @@ class Nodes:
         for message in messages:
             name = f"m{len(self.replies)}"
             message.metadata.__dict__["_message_id"] = name
-            self.replies[name] = self.answers[message.metadata.dst_node_id](message, decode_request(message.content))
+            self.replies[name] = self.answers[message.metadata.dst_node_id](
+                message, decode_request(unsqueeze(message.content))
+            )
             ids.append(name)
         return ids
 

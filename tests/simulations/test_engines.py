@@ -43,8 +43,16 @@ def simulate(study: Study, hospitals: Path, out: Path, engine: Any, workers: int
 
 @pytest.mark.parametrize(("engine", "workers"), [("inprocess", 2), ("ray", 2), ("deployment", 0)])
 def test_same_bits(
-    study: Study, hospitals: Path, reference: tuple[dict[str, Any], str], tmp_path: Path, engine: str, workers: int
+    study: Study,
+    hospitals: Path,
+    reference: tuple[dict[str, Any], str],
+    tmp_path: Path,
+    engine: str,
+    workers: int,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if engine == "ray":
+        request.getfixturevalue("alone_with_ray")
     results, model = simulate(study, hospitals, tmp_path / "out", engine, workers)
     expected, expected_model = reference
     assert model == expected_model

@@ -22,7 +22,7 @@ from fedneuro.simulations.engines.ray import run_ray
 from fedneuro.simulations.sites import find_sites, site_settings
 from tests.bids import make_study
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.usefixtures("alone_with_ray")]
 
 
 @pytest.fixture(scope="module")
