@@ -183,7 +183,7 @@ def _component(dist: Distribution, digest: str | None) -> dict[str, Any]:
         "purl": reference,
     }
     fields = dist.metadata
-    expression, text = fields.get("License-Expression"), fields.get("License")
+    expression, text = fields.json.get("license_expression"), fields.json.get("license")
     if expression:
         component["licenses"] = [{"expression": expression}]
     elif text and "\n" not in text and len(text) < 100:

@@ -19,6 +19,7 @@ from flwr.common.constant import ErrorCode
 from ..privacy.contract import Refusal
 from ..privacy.errors import BadInput, ContractViolation, FedNeuroError, Reason
 from ..privacy.wire import MESSAGE_TYPES, decode_request, encode_reply
+from ..privacy.wire_bytes import is_squeezed, squeeze, unsqueeze
 from .node_settings import load_node_settings
 from .site import Site
 
@@ -30,12 +31,12 @@ SiteOf = Callable[[Context], Site]
 
 
 def answer(message: Message, site: Site) -> Message:
-    """Decode the request, let the site handle it, encode the reply.
+    """Decode the request, let the site handle it, encode the reply in the form in which the request came.
 
     Raises:
         ContractViolation: the request is not what was agreed; the caller answers with :func:`masked`.
     """
-    request = decode_request(message.content)
+    request = decode_request(unsqueeze(message.content))
     if MESSAGE_TYPES[request.kind] != message.metadata.message_type:
         raise ContractViolation(f"a {request.kind} request in a message of type {message.metadata.message_type[:40]!r}")
     reply = site.handle(request)
@@ -44,7 +45,7 @@ def answer(message: Message, site: Site) -> Message:
     except ContractViolation as error:
         refusal = Refusal(site=site.settings.name, kind=request.kind, round=request.round, reason=error.reason)
         content = encode_reply(refusal)
-    return Message(content, reply_to=message)
+    return Message(squeeze(content) if is_squeezed(message.content) else content, reply_to=message)
 
 
 def masked(message: Message, error: Exception) -> Message:

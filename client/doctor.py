@@ -231,8 +231,8 @@ def _policy(settings: NodeSettings) -> Iterator[Finding]:
         return
     policy = load_policy(Path(settings.study.policy))
     count = len(policy.studies.approved)
-    if count or policy.studies.rule:
-        yield passed("policy", f"{count} studies approved by hash, {len(policy.studies.rule)} rules")
+    if count or policy.studies.rules:
+        yield passed("policy", f"{count} studies approved by hash, {len(policy.studies.rules)} rules")
     else:
         yield warn("policy", "no study is approved", "fedneuro-node approve STUDY --config node.toml")
 

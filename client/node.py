@@ -33,6 +33,8 @@ LOOK_SECONDS = 0.2
 STEADY_SECONDS = 30.0
 """A process that lived this long failed for a new reason."""
 LONGEST_PAUSE = 60.0
+SEND_SECONDS = 120.0
+"""For the last reply on its way to the coordinator."""
 LOG_BYTES = 20 * 1024**2
 """A log that is longer when its process starts becomes ``NAME.log.1``."""
 ENVIRONMENT = {
@@ -135,7 +137,9 @@ class _Node:
                 _log.info("%s: finishing", name)
                 with suppress(ProcessLookupError):
                     os.kill(self._processes.pid(name), signal.SIGUSR1)
-            while self._stop == "drain" and self._processes.code(name) is None:
+            patience = float("inf") if name == "runner" else SEND_SECONDS  # "stop" itself ends its patience
+            deadline = time.monotonic() + patience
+            while self._stop == "drain" and self._processes.code(name) is None and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS)
 
     def _begin(self, child: _Child) -> None:

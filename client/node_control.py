@@ -101,7 +101,7 @@ def _warnings(status: dict[str, Any], children: dict[str, Any], runner: dict[str
     if status["code"] and status["code"] != "proven":
         found.append(f"the installed code is not proven: {status['code']}")
     for name, child in children.items():
-        if child.get("failures"):
+        if child.get("failures", 0) > 1:
             found.append(f"{name} fails again and again: {child.get('ended', '')[:200]}")
         if _DUPLICATE.search(child.get("ended", "")) and name == "supernode":
             found.append(
@@ -158,10 +158,10 @@ def leave(settings: NodeSettings) -> tuple[Path, list[str]]:
     for path in keys:
         path.replace(archive / path.name)
     state = Path(settings.site.state)
-    kept = {
+    kept: dict[Path, str] = {
         state / "ledger.db": "the privacy budget that these patients spent, for every later study",
         state / "audit.jsonl": "what came in and what left",
         state / "site.log": "the site's own log",
-        settings.site.data: "the data set, untouched",
+        Path(settings.site.data): "the data set, untouched",
     }
-    return archive, [f"{path}: {what}" for path, what in kept.items() if Path(path).exists()]
+    return archive, [f"{path}: {what}" for path, what in kept.items() if path.exists()]

@@ -31,7 +31,7 @@ from flwr.common.constant import ErrorCode, SubStatus
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from ..privacy.errors import Reason, Refused
-from ..privacy.flower_tasks import TaskSource, heartbeat, quicken_transfers
+from ..privacy.flower_tasks import Doorbell, TaskSource, heartbeat, quicken_transfers
 from ..privacy.pace import Pace
 from .app import answer, masked
 from .integrity import require_integrity
@@ -72,6 +72,7 @@ class Runner:
         self._site = site
         self._hold, self._note = hold, note
         self.draining = False
+        self._bell = Doorbell(Path(settings.runner.secret))
         self._source = TaskSource(f"127.0.0.1:{settings.runner.port}", "flwr-clientapp", Path(settings.runner.secret))
 
     def run(self) -> None:
@@ -80,7 +81,8 @@ class Runner:
         Raises:
             BadInput: the SuperNode does not accept the shared secret.
         """
-        pace = Pace(longest=0.25)
+        # The SuperNode rings when a task is there; looking is for a ring that was lost, and where no bell is.
+        pace = Pace(shortest=0.5, longest=0.5) if self._bell.there else Pace(longest=0.25)
         while not self.draining:
             if self._hold():
                 time.sleep(HELD_PAUSE)
@@ -88,10 +90,11 @@ class Runner:
                 self._serve(token)
                 pace.news()
             else:
-                time.sleep(pace.pause())
+                self._bell.wait(pace.pause())
 
     def close(self) -> None:
         """Release the connection, and sign the audit log."""
+        self._bell.close()
         self._source.close()
         self._site.close()
 

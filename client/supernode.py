@@ -21,12 +21,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-from ..privacy.flower_tasks import quicken_transfers
+from ..privacy.flower_tasks import quicken_transfers, ring
 from ..privacy.pace import Pace
 from .mutual_tls import present_certificate
 
-__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "main", "open_only", "shorten_pauses"]
+__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "announce_tasks", "main", "open_only", "shorten_pauses"]
 
 IDLE_PAUSE = 3
 REPLY_PAUSE = 0.5
@@ -36,13 +37,15 @@ DRAIN_SECONDS = 5.0
 
 _draining: list[float] = []
 """When it was told to end, if it was."""
+_connected: list[bool] = []
+"""Holds something once the main loop pauses: there is a connection, and perhaps a reply in hand."""
 
 
 def shorten_pauses() -> None:
     """Let the SuperNode's main loop pause as long as :class:`Pace` says."""
     from flwr.supernode import start_client_internal as loop
 
-    idle, reply = Pace(shortest=0.05), Pace(shortest=0.01, longest=0.25)
+    idle, reply = Pace(shortest=0.08), Pace(shortest=0.01, longest=0.25)
     last = ""
 
     def sleep(seconds: float) -> None:
@@ -50,16 +53,28 @@ def shorten_pauses() -> None:
         nonlocal last
         if seconds not in (IDLE_PAUSE, REPLY_PAUSE):
             raise RuntimeError(f"the SuperNode pauses for {seconds} s, which Flower 1.41 does not")
+        _connected[:] = [True]
         kind, pace = ("idle", idle) if seconds == IDLE_PAUSE else ("reply", reply)
         if kind != last:
             pace.news()
             last = kind
         if _draining and (kind == "idle" or time.monotonic() - _draining[0] > DRAIN_SECONDS):
             _draining.clear()
-            os.kill(os.getpid(), signal.SIGTERM)  # Flower's own way out: it tells the SuperLink
+            _leave()
         time.sleep(pace.pause())
 
     loop.__dict__["time"] = SimpleNamespace(sleep=sleep)
+
+
+def _leave() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # Flower's own way out: it tells the SuperLink
+
+
+def _drain(_number: int, _frame: object) -> None:
+    if _connected:
+        _draining.append(time.monotonic())
+    else:
+        _leave()
 
 
 def open_only(bundle: str) -> None:
@@ -77,6 +92,21 @@ def open_only(bundle: str) -> None:
     loop.__dict__["get_fused_config_from_fab"] = guarded
 
 
+def announce_tasks(secret: Path) -> None:
+    """Ring the runner's bell whenever a message, with all of its parts, has been taken in."""
+    from flwr.supernode import start_client_internal as loop
+
+    pull = loop.__dict__["_pull_and_store_message"]
+
+    def announced(*arguments: Any, **named: Any) -> Any:
+        run_id = pull(*arguments, **named)
+        if run_id is not None:
+            ring(secret)
+        return run_id
+
+    loop.__dict__["_pull_and_store_message"] = announced
+
+
 def main() -> int:
     """Run the SuperNode with the options on the command line; returns when it gave its connection up.
 
@@ -89,14 +119,18 @@ def main() -> int:
     own.add_argument("--client-certificate", type=Path)
     own.add_argument("--client-key", type=Path)
     own.add_argument("--bundle")
+    own.add_argument("--superexec-auth-secret-file", type=Path)  # Flower's own, read here too
     options, rest = own.parse_known_args()
     if options.client_certificate and options.client_key:
         present_certificate(options.client_certificate, options.client_key)
     shorten_pauses()
     quicken_transfers()
+    if options.superexec_auth_secret_file:
+        announce_tasks(options.superexec_auth_secret_file)
+        rest += ["--superexec-auth-secret-file", str(options.superexec_auth_secret_file)]
     if options.bundle:
         open_only(options.bundle)
-    signal.signal(signal.SIGUSR1, lambda *_: _draining.append(time.monotonic()))
+    signal.signal(signal.SIGUSR1, _drain)
     sys.argv = ["flower-supernode", *rest]
     flower_supernode()
     print("the SuperNode lost its connection for good: start it again", file=sys.stderr, flush=True)

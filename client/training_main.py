@@ -28,9 +28,10 @@ def main() -> None:
     os.dup2(null, 0)
     os.close(null)
     start = json.loads(source.readline())
-    writable = [Path(path) for path in start["writable"]]
+    writable = [Path(path) for path in (*start["writable"], start["scratch"])]
     os.environ["TMPDIR"] = start["scratch"]
     os.environ["CUDA_CACHE_PATH"] = str(Path(start["scratch"]) / "cuda")
+    os.environ["MPLCONFIGDIR"] = str(Path(start["scratch"]) / "matplotlib")  # MONAI imports it
     walls = enter(writable, isolate=start["isolate"])
     sink.write(json.dumps({"network": walls.network, "files": walls.files, "why": walls.why}).encode() + b"\n")
     sink.flush()

@@ -7,10 +7,13 @@ shared secret proves that a runner may take tasks. Flower's own clients end thei
 run is stopped or a request is refused; a runner lives longer than a run, so these do not.
 """
 
+import hashlib
 import logging
+import select
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +29,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from .errors import BadInput
 
-__all__ = ["TaskSource", "heartbeat", "quicken_transfers"]
+__all__ = ["Doorbell", "TaskSource", "heartbeat", "quicken_transfers", "ring"]
 
 HEARTBEAT_SECONDS = 10.0
 """Flower gives a task up after 30 s without a sign of life."""
@@ -90,6 +93,50 @@ class TaskSource:
         return RuntimeHttpClient.from_server_address(
             self.address, self.root is None, self.root, interceptors=[version, proof]
         )
+
+
+def _bell_name(secret: Path) -> str:
+    """An abstract socket name (unix(7)) that only who knows the secret can tell."""
+    return f"\0fedneuro-bell-{hashlib.sha256(b'bell' + secret.read_bytes()).hexdigest()[:32]}"
+
+
+class Doorbell:
+    """Where a runner waits: a task is announced here as soon as all of its parts are there.
+
+    Nothing is carried but the news; a lost ring costs one look's pause. Without abstract sockets (not Linux), or where
+    another runner waits already, it never rings.
+
+    Args:
+        secret: file of the secret that SuperNode and runner share.
+    """
+
+    def __init__(self, secret: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self.there = False
+        with suppress(OSError):
+            self._socket.bind(_bell_name(secret))
+            self.there = True
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a ring, at most so long; whether there was one."""
+        if not select.select([self._socket], [], [], seconds)[0]:
+            return False
+        with suppress(OSError):
+            while self._socket.recv(16):
+                pass
+        return True
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._socket.close()
+
+
+def ring(secret: Path) -> None:
+    """Tell the runner that waits with the same secret, if one does."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
+        bell.setblocking(False)
+        bell.sendto(b"!", _bell_name(secret))
 
 
 def quicken_transfers(first_pause: float = 0.02) -> None:

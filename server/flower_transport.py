@@ -22,6 +22,7 @@ from ..privacy.contract import Arrays, HelloReply, Refusal, Reply, Request
 from ..privacy.errors import ContractViolation, EnvironmentProblem, Reason
 from ..privacy.pace import Pace
 from ..privacy.wire import MESSAGE_TYPES, Packed, decode_reply, encode_request, pack
+from ..privacy.wire_bytes import squeeze, unsqueeze
 
 __all__ = ["FlowerTransport", "registered_nodes"]
 
@@ -89,7 +90,7 @@ class FlowerTransport:
             for site in unsent:
                 yield _refusal(site, requests[site], Reason.LOST)
             # One request per look, at one message: replies are fetched singly, and many sites cost no more looks.
-            queue, pace = deque(pending), Pace(shortest=0.03, longest=0.25)
+            queue, pace = deque(pending), Pace(shortest=0.05, longest=0.25)
             while queue and time.monotonic() < deadline:
                 self._check()
                 message = next(iter(self._grid.pull_messages([queue[0]])), None)
@@ -118,7 +119,7 @@ class FlowerTransport:
         messages = []
         for site in asked:
             request = requests[site]
-            content = encode_request(request, _packed(request.arrays, ready))
+            content = squeeze(encode_request(request, _packed(request.arrays, ready)))
             messages.append(
                 Message(
                     content,
@@ -151,7 +152,7 @@ def _read(message: Message, site: str, request: Request) -> Reply:
     if message.has_error():
         return _refusal(site, request, _reason(message))
     try:
-        reply = decode_reply(message.content)
+        reply = decode_reply(unsqueeze(message.content))
         number = 0 if isinstance(reply, HelloReply) else reply.round
         if reply.site != site or number != request.round:
             raise ContractViolation(f"site {site} answers as {reply.site} for round {number} of {request.round}")
