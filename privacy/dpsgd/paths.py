@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap  # pyright: ignore[reportPrivateImportUsage]
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .rows import FusedNorms
 
@@ -168,6 +167,8 @@ class Vmap:
             every: Callable[..., Any] = alone
         else:
             every = vmap(gradient, in_dims=(None, None, 0, 0), randomness="different")
+        from torch.fx.experimental.proxy_tensor import make_fx  # slow; studies without privacy need none
+
         with torch.enable_grad(), FusedNorms():
             record: Callable[..., Any] = make_fx(every)(chosen, rest, images, labels)
         return record
