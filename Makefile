@@ -32,8 +32,9 @@ venv: .venv/.dev  ## .venv with FedNeuro (editable) and its development tools
 demo: .venv/.runtime  ## five synthetic hospitals, four train, one judges: out/demo/report.html
 	$(BIN)/fedneuro-sim demo --out out/demo
 
-test: .venv/.dev  ## all tests, with coverage
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered
+test: .venv/.dev  ## all tests, with coverage; those that start Flower or Ray one after another
+	$(BIN)/pytest -m deployment --cov --cov-report=
+	$(BIN)/pytest -m "not deployment" -n $(WORKERS) --dist loadfile --cov --cov-append --cov-report=term:skip-covered
 
 lint: .venv/.dev  ## style, spelling, packaging metadata
 	$(BIN)/ruff check
