@@ -6,6 +6,7 @@ import inspect
 import json
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +38,10 @@ from fedneuro.client.runner import Runner
 from fedneuro.client.site import Site
 from fedneuro.privacy.contract import HelloReply, Refusal, Reply, Request, Role
 from fedneuro.privacy.errors import BadInput, Reason
-from fedneuro.privacy.flower_tasks import quicken_transfers
+from fedneuro.privacy.flower_tasks import Doorbell, quicken_transfers, ring
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_reply, encode_request
+from fedneuro.privacy.wire_bytes import squeeze, unsqueeze
 from fedneuro.server.bundle import bundle, bundle_hash
 
 STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
@@ -184,16 +186,85 @@ def test_a_request_is_answered(node: SuperNode, settings: NodeSettings) -> None:
     assert len(ward.asked) == 1
 
 
-def test_another_bundle_is_refused_before_the_site_hears_of_it(node: SuperNode, settings: NodeSettings) -> None:
+@pytest.mark.parametrize("module", ["evil.py", "fedneuro/client/app.py", "sitecustomize.py"])
+def test_another_bundle_is_refused_before_the_site_hears_of_it(
+    node: SuperNode, settings: NodeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Code under a name of its own, in the place of ours, or run by Python itself: never unpacked, never imported."""
     from flwr.cli.build import build_fab_from_files
 
-    project = b'[project]\nname = "evil"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "x"\n'
-    project += b'[tool.flwr.app.components]\nserverapp = "evil:app"\nclientapp = "evil:app"\n'
-    fab = build_fab_from_files({"pyproject.toml": project, "evil.py": b"raise SystemExit('ran')"})[0]
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    app = module.removesuffix(".py").replace("/", ".")
+    project = b'[project]\nname = "fedneuro"\nversion = "0.1.0"\n[tool.flwr.app]\npublisher = "fedneuro"\n'
+    project += f'[tool.flwr.app.components]\nserverapp = "{app}:app"\nclientapp = "{app}:app"\n'.encode()
+    fab = build_fab_from_files({"pyproject.toml": project, module: b"raise SystemExit('ran')"})[0]
+    before = set(sys.modules), list(sys.path)
     node.receive(encode_request(HELLO), "query.hello", fab)
     reply, ward = answered(node, settings, hello)
     assert reply.error.reason == "policy-refused"
     assert ward.asked == []
+    assert not (tmp_path / "flower").exists()
+    assert "evil" not in sys.modules and list(sys.path) == before[1]
+
+
+def test_a_bundle_that_is_not_ours_is_never_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings would be read by the SuperNode itself: a gigabyte of zeros is a megabyte in a zip file."""
+    import io
+    import zipfile
+
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pyproject.toml", bytes(64 * 2**20))
+    opened: list[bytes] = []
+    monkeypatch.setattr(start_client_internal, "get_fused_config_from_fab", lambda content, _: opened.append(content))
+    supernode.open_only(bundle_hash(BUNDLE))
+    read: Any = vars(start_client_internal)["get_fused_config_from_fab"]
+    assert read(bomb.getvalue(), Run.create_empty(5)) == {} and opened == []
+    read(BUNDLE, Run.create_empty(5))
+    assert opened == [BUNDLE]
+
+
+def test_a_task_rings_the_runners_bell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "runner.secret"
+    secret.write_bytes(secrets.token_bytes(32))
+    bell, second = Doorbell(secret), Doorbell(secret)
+    assert bell.there and not second.there  # two runners of one node: the second looks instead of waiting
+    found: list[int | None] = [None, 5]
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda **_: found.pop(0))
+    supernode.announce_tasks(secret)
+    pull: Any = vars(start_client_internal)["_pull_and_store_message"]
+    assert pull() is None and not bell.wait(0.05)
+    assert pull() == 5 and bell.wait(1.0)
+    assert not bell.wait(0.05)
+    bell.close()
+    second.close()
+    ring(secret)  # nobody waits: nothing happens
+
+
+def test_a_paused_node_takes_no_task_and_a_draining_one_ends(node: SuperNode, settings: NodeSettings) -> None:
+    node.receive(encode_request(HELLO), "query.hello")
+    ward, notes = Ward(settings, hello), []
+    held = ["paused", "paused", ""]
+
+    def hold() -> str:
+        return held.pop(0) if held else ""
+
+    def note(last: dict[str, Any]) -> None:
+        notes.append(last)
+        runner.draining = True
+
+    runner = Runner(settings, ward, hold, note)
+    runner.run()
+    runner.close()
+    assert held == [] and len(ward.asked) == 1
+    assert notes[0]["kind"] == "query.hello" and notes[0]["outcome"] == "answered"
+
+
+def test_a_squeezed_request_gets_a_squeezed_reply(node: SuperNode, settings: NodeSettings) -> None:
+    node.receive(squeeze(encode_request(HELLO)), "query.hello")
+    reply, _ = answered(node, settings, hello)
+    assert list(reply.content) == ["frame"]
+    assert decode_reply(unsqueeze(reply.content)) == HelloReply(site="A", role=Role.TRAIN, public_size=5)
 
 
 @pytest.mark.parametrize(
