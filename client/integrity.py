@@ -68,9 +68,9 @@ def require_integrity(*, record: bool) -> Integrity:
         EnvironmentProblem: the code is not what was installed.
     """
     found = check_integrity()
-    if found.faults:
+    for fault in found.faults:
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        raise EnvironmentProblem(f"{found.faults[0]}{more}; install FedNeuro again from a source that you trust")
+        raise EnvironmentProblem(f"{fault}{more}; install FedNeuro again from a source that you trust")
     if record and not found.proven:
         raise EnvironmentProblem(f"{found.note}; runner.require_record = true: install a wheel (pip install fedneuro)")
     return found

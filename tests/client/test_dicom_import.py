@@ -7,10 +7,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from fedneuro.client.data.bids import find_scans
@@ -121,7 +121,7 @@ def several(k: int, item: Dataset) -> None:
 
 def syntax(_: int, item: Any) -> None:
     item.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"  # HTJ2K
-    item.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f"])
+    item.PixelData = encapsulate([b"\xff\x4f"])
     item["PixelData"].is_undefined_length = True
 
 
@@ -242,9 +242,9 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
         (BadInput, "expected a command with", {"deface": "pydeface"}),
     ]
     for error, words, options in cases:
-        places = {"source": tmp_path / "src", "out": tmp_path / "bids", "keys": tmp_path / "state"} | options
+        places: dict[str, Any] = {"source": tmp_path / "src", "out": tmp_path / "bids", "keys": tmp_path / "state"}
         with pytest.raises(error, match=words):
-            import_dicom(**places)
+            import_dicom(**places | options)
 
 
 def test_defacing_hook(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def test_wrong_tables_leave_nothing_behind(rows: str, words: str, tmp_path: Path
     with pytest.raises(DataError, match=words):
         import_images(source, source / "table.csv", tmp_path / "bids", tmp_path / "state", **COLUMNS)
     assert {p.name for p in tmp_path.iterdir()} <= {"src", "state"}
+    small: dict[str, Any] = COLUMNS | {"size": 4}
     with pytest.raises(BadInput, match="8 to 1024"):
-        import_images(source, source / "table.csv", tmp_path / "bids", tmp_path / "state", **COLUMNS | {"size": 4})
+        import_images(source, source / "table.csv", tmp_path / "bids", tmp_path / "state", **small)
 
 
 def test_nnunet_raw_layout(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ MISSED = {"left-right flip of image and mask without header"}
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms") / "clinic"
     style = style_of("clinic", 1, resolution_mm=6.0)
-    values = {name: getattr(style, name) for name in SiteStyle.__slots__}
-    write_site(root, name="clinic", patients=PATIENTS, seed=1, style=SiteStyle(**values | {"missing": 0.0}))
+    values: dict[str, Any] = {name: getattr(style, name) for name in SiteStyle.__slots__} | {"missing": 0.0}
+    write_site(root, name="clinic", patients=PATIENTS, seed=1, style=SiteStyle(**values))
     return root
 
 

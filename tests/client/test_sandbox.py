@@ -161,11 +161,11 @@ def test_the_childs_bits_its_pause_and_all_its_ends(folder: Path, child: Trainin
     assert digest(free.arrays) == digest(answers[0].arrays) and child.pid == first
 
     # killed in the middle of a step: a reason code; the next request is answered by another child
+    endless = study_of(100_000)
     for number in range(KILLS if KILLS > 3 else 1):
-        endless = study_of(100_000)
         child._study = endless.hash
         answers.clear()
-        thread = threading.Thread(target=lambda study=endless: answers.append(train(site, study)))
+        thread = threading.Thread(target=lambda: answers.append(train(site, endless)))
         thread.start()
         time.sleep(0.3 + 0.01 * number)
         wait_for(lambda: child.pid is not None)

@@ -159,7 +159,7 @@ def _modalities(images: list[Look]) -> Iterator[Finding]:
         if len({look.file.what for look in same}) > 1:
             yield Finding("modality-copied", (patient,), " and ".join(sorted(look.file.path.name for look in same)))
     sums: dict[str, Sum] = {
-        what: (np.sum([np.asarray(look.cube) for look in looks], axis=0, dtype=np.float64), len(looks))
+        what: (np.stack([np.asarray(look.cube, np.float64) for look in looks]).sum(axis=0), len(looks))
         for what, looks in by_what.items()
         if len(looks) >= FEWEST
     }
@@ -187,5 +187,5 @@ def _gain(look: Look, own: Sum, other: Sum) -> float:
     """By how much an image is more like the mean of another modality than of its own, itself left out."""
     cube = np.asarray(look.cube, np.float64)
     mean = (own[0] - cube) / (own[1] - 1)
-    score = np.corrcoef([cube.ravel(), mean.ravel(), other[0].ravel()])[0]
-    return float(score[2] - score[1])
+    score = np.atleast_2d(np.corrcoef([cube.ravel(), mean.ravel(), other[0].ravel()]))
+    return float(score[0, 2] - score[0, 1])

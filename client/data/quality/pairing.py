@@ -113,7 +113,7 @@ def contrast_of(drawn: Bits, data: NDArray[np.float32]) -> float:
     """Cohen's d of the image inside a mask against a shell around it; 0 where either is empty."""
     where = _box(drawn, SHELL + 1)
     drawn, data = drawn[where], data[where]
-    shell = binary_dilation(drawn, np.ones((3, 3, 3)), iterations=SHELL) & ~drawn
+    shell = np.asarray(binary_dilation(drawn, np.ones((3, 3, 3)), iterations=SHELL), bool) & ~drawn
     inside, around = data[drawn], data[shell]
     if inside.size < 2 or around.size < 2:
         return 0.0
