@@ -39,6 +39,7 @@ def main() -> None:
 
 
 def _serve(source: BinaryIO, sink: BinaryIO) -> None:
+    from ..models import heavy  # noqa: F401 - before anything else imports torch: it loads faster so
     from ..privacy.wire import decode_request, encode_reply
     from ..privacy.wire_bytes import read_frame, write_frame
     from .settings import read_settings

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from ..models.heavy import torch
 from ..privacy.errors import FedNeuroError
 from ..privacy.study import Study
 from ..server.events import Observer, ignore
