@@ -11,7 +11,7 @@ import gc
 _was_on = gc.isenabled()
 gc.disable()
 try:
-    import monai.networks.nets
+    import monai.networks.nets  # noqa: F401
     import torch
     import torch._dynamo  # the first step of an optimiser would load it, in the middle of a round
 finally:
