@@ -21,17 +21,23 @@ from fedneuro.server.store import RunStore
 from fedneuro.simulations.benchmarks.rounds import write_tiny_site
 from fedneuro.simulations.benchmarks.secagg import bench_secagg
 from fedneuro.simulations.engines.inprocess import InProcessTransport
-from fedneuro.simulations.run import finish
+from fedneuro.simulations.run import Engine, Simulation, finish
 from fedneuro.simulations.sites import find_sites, site_settings
 from tests.bids import make_study
 
 ROOT = Path(__file__).parents[2]
 
 
-def study_of() -> Study:
+def study_of(tolerate: int = 1) -> Study:
     return make_study(
         training={"rounds": 3, "local_steps": 1, "local_epochs": 0, "optimizer": "adam", "device": "cpu", "ema": 0.5},
-        privacy={"mode": "distributed", "delta": 1e-2, "sample_rate": 1.0, "crops_per_patient": 2, "tolerate": 1},
+        privacy={
+            "mode": "distributed",
+            "delta": 1e-2,
+            "sample_rate": 1.0,
+            "crops_per_patient": 2,
+            "tolerate": tolerate,
+        },
         evaluation={"every": 0, "bootstrap": 100, "previews": 0, "heldout": ["lake"]},
     )
 
@@ -65,6 +71,25 @@ def test_a_study_with_a_lost_hospital_ends_and_its_report_says_what_was_promised
     report = (out / "report.html").read_text(encoding="utf-8")
     assert "only the sum over the hospitals" in report
     assert "hospitals that may drop out or collude" in report
+
+
+@pytest.mark.deployment
+@pytest.mark.parametrize("engine", ["ray", "deployment"])
+def test_the_three_exchanges_of_a_round_travel_as_real_messages(
+    engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if engine == "ray":
+        request.getfixturevalue("alone_with_ray")
+    for seed, name in enumerate(("east", "lake", "north", "west")):
+        write_tiny_site(tmp_path / "sites" / name, seed=seed, patients=5)
+    run = Simulation(
+        study=study_of(tolerate=0), sites=tmp_path / "sites", out=tmp_path / "out", engine=engine, workers=2
+    )
+    results = run.run()
+    assert results["status"] == "complete"
+    assert [record["refusals"] for record in results["rounds"]] == [{}] * len(results["rounds"])
+    epsilon = results["privacy"]["epsilon"]
+    assert sorted(epsilon) == ["east", "north", "west"] and len(set(epsilon.values())) == 1
 
 
 def test_every_kind_of_message_is_served() -> None:
