@@ -13,55 +13,19 @@ The wheels are for this machine's Python, system and processor.
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution
 from pathlib import Path
-from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from ..privacy.errors import BadInput, EnvironmentProblem
+from ..privacy.sbom import ROOT, closure, sbom
 
 __all__ = ["closure", "make_wheelhouse", "sbom"]
-
-_ROOT = "fedneuro"
-
-
-def closure(root: str = _ROOT) -> dict[str, Distribution]:
-    """Installed distributions that ``root`` needs, itself first, by normalised name; extras as they are asked for.
-
-    Raises:
-        EnvironmentProblem: one is not installed.
-    """
-    found: dict[str, Distribution] = {}
-    extras: dict[str, set[str]] = {}
-    waiting: list[tuple[str, frozenset[str]]] = [(root, frozenset())]
-    while waiting:
-        name, wanted = waiting.pop()
-        key = canonicalize_name(name)
-        if key in found and wanted <= extras[key]:
-            continue
-        try:
-            found.setdefault(key, distribution(name))
-        except PackageNotFoundError as error:
-            raise EnvironmentProblem(f"{name} is not installed here; install FedNeuro with its dependencies") from error
-        known = extras.setdefault(key, set())
-        known |= wanted
-        for text in found[key].requires or ():
-            try:
-                need = Requirement(text)
-            except InvalidRequirement:
-                continue
-            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *known)):
-                waiting.append((need.name, frozenset(need.extras)))
-    return found
 
 
 def make_wheelhouse(
@@ -83,7 +47,7 @@ def make_wheelhouse(
     if any(out.iterdir()):
         raise BadInput(f"{out}: is not empty; give a new folder")
     needed = closure()
-    own = needed.pop(_ROOT)
+    own = needed.pop(ROOT)
     _own_wheel(out, own, wheel, pip)
     if dependencies:
         pins = "".join(f"{dist.name}=={dist.version}\n" for dist in needed.values())
@@ -116,12 +80,12 @@ def _own_wheel(out: Path, own: Distribution, wheel: Path | None, pip: Sequence[s
             content = wheel.read_bytes()
         except (InvalidWheelFilename, OSError) as error:
             raise BadInput(f"{wheel}: is no wheel of FedNeuro that can be read") from error
-        if name != _ROOT:
+        if name != ROOT:
             raise BadInput(f"{wheel}: is a wheel of {name}, not of FedNeuro")
         (out / wheel.name).write_bytes(content)
         return
     source = _editable_source(own)
-    what = [str(source), "--no-build-isolation"] if source else [f"{_ROOT}=={own.version}"]
+    what = [str(source), "--no-build-isolation"] if source else [f"{ROOT}=={own.version}"]
     _pip("wheel", "--no-deps", "--wheel-dir", str(out), *what, *pip)
 
 
@@ -141,55 +105,3 @@ def _pip(*arguments: str) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines()
         fault = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no output")
         raise EnvironmentProblem(f"pip {arguments[0]}: {fault[:300]}; give its options after --pip")
-
-
-def sbom(distributions: Sequence[Distribution], wheels: dict[Path, str]) -> dict[str, Any]:
-    """A CycloneDX 1.6 bill of materials; the first distribution is what it describes.
-
-    Args:
-        distributions: installed ones.
-        wheels: SHA-256 by file, for those that are in the wheelhouse.
-    """
-    hashes = {parse_wheel_filename(path.name)[0]: value for path, value in wheels.items()}
-    components = [_component(dist, hashes.get(canonicalize_name(dist.name))) for dist in distributions]
-    known = {component["bom-ref"].split("@")[0]: component["bom-ref"] for component in components}
-    graph = []
-    for dist, component in zip(distributions, components, strict=True):
-        needs = {f"pkg:pypi/{canonicalize_name(_name_of(text))}" for text in dist.requires or ()}
-        graph.append({"ref": component["bom-ref"], "dependsOn": sorted(known[n] for n in needs if n in known)})
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid4()}",
-        "version": 1,
-        "metadata": {"timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "component": components[0]},
-        "components": components[1:],
-        "dependencies": graph,
-    }
-
-
-def _name_of(requirement: str) -> str:
-    return re.split(r"[\s\[;<>=!~(]", requirement, maxsplit=1)[0]
-
-
-def _component(dist: Distribution, digest: str | None) -> dict[str, Any]:
-    name = canonicalize_name(dist.name)
-    reference = f"pkg:pypi/{name}@{dist.version}"
-    component: dict[str, Any] = {
-        "type": "application" if name == _ROOT else "library",
-        "bom-ref": reference,
-        "name": name,
-        "version": dist.version,
-        "purl": reference,
-    }
-    fields = dist.metadata
-    expression, text = fields.json.get("license_expression"), fields.json.get("license")
-    if expression:
-        component["licenses"] = [{"expression": expression}]
-    elif text and "\n" not in text and len(text) < 100:
-        component["licenses"] = [{"license": {"name": text}}]
-    elif classified := [c.rpartition(" :: ")[2] for c in fields.get_all("Classifier") or () if c.startswith("License")]:
-        component["licenses"] = [{"license": {"name": classified[0]}}]
-    if digest:
-        component["hashes"] = [{"alg": "SHA-256", "content": digest}]
-    return component

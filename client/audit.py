@@ -62,6 +62,7 @@ class AuditLog:
         self._signer: Signer | None = None
         self._end = -1  # bytes of the log that were verified; -1: not open yet
         self._last: tuple[int, str] = (0, START)
+        self._latest: dict[str, Entry] = {}
         self._since = 0
 
     def append(self, kind: str, *, durable: bool = True, **fields: Any) -> Entry:
@@ -100,6 +101,12 @@ class AuditLog:
         """Number and hash of the last entry that this object saw: to be noted elsewhere."""
         return self._last
 
+    def latest(self, kind: str) -> Entry | None:
+        """The last entry of ``kind``, whichever process wrote it; None: there is none. Raises as :meth:`append`."""
+        with self._locked() as descriptor:
+            self._catch_up(descriptor)
+            return self._latest.get(kind)
+
     # -- writing ---------------------------------------------------------------------------------------
 
     def _checkpoint(self, descriptor: int) -> None:
@@ -127,6 +134,7 @@ class AuditLog:
             raise
         self._end += len(line)
         self._last = (entry["n"], entry["hash"])
+        self._latest[kind] = entry
         if durable:
             self._write_head()
         return entry
@@ -182,6 +190,7 @@ class AuditLog:
         self._end = size
         for entry in entries:
             self._last = (entry["n"], entry["hash"])
+            self._latest[str(entry["kind"])] = entry
             self._since = 0 if entry["kind"] == "checkpoint" else self._since + 1
 
     def _open(self, descriptor: int, size: int) -> None:

@@ -15,6 +15,7 @@ from ..privacy.contract import Role
 from ..privacy.ledger import Ledger
 from ..privacy.ledger_chain import Entry, receipt_of
 from ..privacy.study import Study
+from .ledger_witness import check_witness
 from .settings import SiteSettings
 
 __all__ = ["Line", "Plan", "Statement", "plan_study", "statement"]
@@ -145,9 +146,10 @@ def plan_study(settings: SiteSettings, study: Study) -> Plan:
 def _entries(settings: SiteSettings) -> list[Entry]:
     """The ledger's rows; none where nothing was ever charged. Looking makes no ledger."""
     anchors = settings.ledger.with_name(settings.ledger.name + ".anchors")
-    if not settings.ledger.exists() and not anchors.exists():
-        return []
-    return Ledger(settings.ledger, settings.name).entries()
+    there = settings.ledger.exists() or anchors.exists()
+    rows = Ledger(settings.ledger, settings.name).entries() if there else []
+    check_witness(settings, rows)
+    return rows
 
 
 def _lifetime(settings: SiteSettings) -> tuple[float, float]:

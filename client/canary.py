@@ -21,6 +21,7 @@ from pathlib import Path
 from ..privacy.contract import Arrays, EvaluateReply, Refusal, Request, Role, TrainReply
 from ..privacy.errors import BadInput, FedNeuroError
 from ..privacy.study import Study
+from ..privacy.wire_layout import read_reply
 from .node_settings import NodeSettings
 from .run_folder import RunFolder
 from .sandbox import Walls
@@ -117,7 +118,7 @@ def _rounds(
         reply = _ask(node, Request(kind="train", study=study, round=number, arrays=arrays))
         if not isinstance(reply, TrainReply):
             raise FedNeuroError(f"a train request was answered with {type(reply).__name__}")
-        arrays = reply.arrays
+        arrays = {**arrays, **read_reply(study, arrays, reply.arrays)}
         seconds.append(time.monotonic() - started)
         spent = f", ε {reply.epsilon:.3f} of a scratch ledger" if reply.epsilon is not None else ""
         tell(f"round {number}: {reply.steps} steps in {seconds[-1]:.1f} s{spent}")

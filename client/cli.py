@@ -8,7 +8,7 @@ import typer
 
 from ..privacy.errors import BudgetExhausted
 from ..privacy.exits import run_command
-from . import cli_audit, cli_data, cli_enrol, cli_node, cli_policy
+from . import cli_audit, cli_data, cli_enrol, cli_node, cli_policy, cli_predict
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ cli_policy.add_commands(app)
 cli_enrol.register(app)
 app.add_typer(cli_audit.app, name="audit")
 cli_node.add_commands(app)
+cli_predict.register(app)
 app.add_typer(cli_data.app, name="data")
 
 Config = Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")]

@@ -77,6 +77,26 @@ def egress(
     _write(show(entries, str(entries[0]["site"])), out)
 
 
+@app.command(name="accept-ledger")
+def accept_ledger(
+    config: Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Declare that the privacy ledger counts as it now stands, after an inquiry; the log keeps who it contradicts."""
+    from .gatekeeper import audit_log
+    from .ledger_witness import accept_ledger as accept
+    from .node_settings import load_node_settings
+
+    settings = load_node_settings(config).site_settings()
+    text = f"Let {settings.ledger} count as it stands? What it forgot must be taken off [budget] epsilon first"
+    if not yes and not typer.confirm(text):
+        print("nothing was changed")
+        raise typer.Exit(3)
+    before, now = accept(settings, audit_log(settings))
+    told = f"entry {before[0]}, {before[1][:16]}" if before else "nothing"
+    print(f"the audit log said {told}; it now says entry {now[0]}, {now[1][:16]}")
+
+
 @app.command(name="public-key")
 def public_key(config: Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")]) -> None:
     """Print the public key that proves the log's signatures."""

@@ -2,6 +2,8 @@
 """``fedneuro-node data``: from the hospital's scans to a data set that can be trusted. Nothing here leaves."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Import, register and check data sets; nothing leaves.", no_args_is_help=True)
+app = typer.Typer(help="Import, register, check, describe and prepare data sets; nothing leaves.", no_args_is_help=True)
 imports = typer.Typer(help="Turn what the hospital has into a BIDS folder.", no_args_is_help=True)
 app.add_typer(imports, name="import")
 
 State = Annotated[
     Path, typer.Option("--state", envvar="FEDNEURO_STATE", help="The node's private folder: keys and register.")
 ]
+StateIfAny = Annotated[Path | None, typer.Option("--state", envvar="FEDNEURO_STATE", help="The node's private folder.")]
+DataSet = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A registered data set, or a BIDS folder.")]
 Out = Annotated[Path, typer.Option("--out", help="BIDS folder to write; new, empty, or of an earlier import.")]
 
 
@@ -163,10 +167,8 @@ def list_entries(state: State) -> None:
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A registered data set, or a BIDS folder.")],
-    state: Annotated[
-        Path | None, typer.Option("--state", envvar="FEDNEURO_STATE", help="The node's private folder.")
-    ] = None,
+    data: DataSet,
+    state: StateIfAny = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the report. Default: state/checks/NAME, or none.")
     ] = None,
@@ -194,6 +196,93 @@ def check(
         write_text(out / "report.json", json.dumps(report.to_json(), indent=1) + "\n")
         print(f"report: {out / 'report.html'}")
     _verdict(report)
+
+
+@app.command()
+def stats(
+    data: DataSet,
+    state: StateIfAny = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures; they stay here.")] = None,
+    release: Annotated[
+        Path | None, typer.Option("--release", help="Write the little that may be handed over to the coordinator.")
+    ] = None,
+    site: Annotated[str, typer.Option("--site", help="Name in the released file. Default: of the data set.")] = "",
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Study that the release is for; refused where it is private.")
+    ] = None,
+    threshold: Annotated[int, typer.Option("--threshold", min=5, help="Patients that a released group must have.")] = 5,
+) -> None:
+    """Show what a data set holds: counts, labels, volumes, grey values, geometry. Nothing leaves."""
+    from ..privacy.study_file import load_study
+    from .data.quality.page import write_text
+    from .data.statistics import measure, summary
+    from .data.statistics import release as released
+
+    path, name = _place(data, state)
+    with _progress("reading") as progress:
+        found = measure(path, progress)
+    shown = summary(found)
+    print(json.dumps(shown, indent=1, ensure_ascii=False))
+    if json_out:
+        write_text(json_out, json.dumps(shown, indent=1) + "\n")
+    if release:
+        told = released(found, site or name, load_study(study, []) if study else None, threshold)
+        write_text(release, told.model_dump_json(indent=1, exclude_none=True) + "\n")
+        print(f"to hand over, after you have read it: {release}")
+
+
+@app.command()
+def prepare(
+    data: DataSet,
+    study: Annotated[Path, typer.Option("--study", help="Study file: its preprocessing is applied.")],
+    state: StateIfAny = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Folder of the cache. Default: state/cache.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes.")] = 2,
+    cache_gib: Annotated[float, typer.Option("--cache-gib", min=0.001, help="Space that the cache may take.")] = 64.0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may repeat.")
+    ] = None,
+) -> None:
+    """Preprocess a data set ahead of a study, so that its first round need not wait. Goes on where it was stopped."""
+    from ..privacy.errors import BadInput
+    from ..privacy.study_file import load_study
+    from .data.opening import open_site
+
+    path, name = _place(data, state)
+    place = cache or (state / "cache" if state else None)
+    if place is None:
+        raise BadInput("no place for the cache; give --cache, or the node's --state")
+    loaded = load_study(study, overrides or [])
+    with _progress("preparing") as progress:
+        opened = open_site(
+            path, loaded, cache=place, site=name, limit=int(cache_gib * 2**30), workers=workers, progress=progress
+        )
+    for warning in opened.warnings:
+        print(f"warns: {warning}")
+    print(f"{name}: {len(opened.patients)} patients ready in {place}, {len(opened.excluded)} left out")
+
+
+def _place(data: str, state: Path | None) -> tuple[Path, str]:
+    """Folder and name of a registered data set, or of a BIDS folder."""
+    from .data.register import find_registered
+
+    path = Path(data)
+    if path.is_dir() or state is None:
+        return path, path.resolve().name
+    entry = find_registered(state, data)
+    return Path(entry.path), entry.name
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Without a thread that redraws it: processes that prepare scans are copies of this one.
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
 
 
 def _verdict(report: "Report") -> None:

@@ -22,7 +22,7 @@ NODE_TOML = Path("node.toml")
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to ``fedneuro-node``."""
-    for command in (init, start, stop, status, pause, resume, leave, doctor, unit, rehearse, bundle):
+    for command in (init, start, stop, status, pause, resume, leave, doctor, identity, unit, rehearse, bundle):
         app.command()(command)
 
 
@@ -170,6 +170,22 @@ def doctor(
         print(counts)
     if "fail" in verdicts:
         raise typer.Exit(EnvironmentProblem.exit_code)
+
+
+def identity(config: Config = NODE_TOML, as_json: Json = False) -> None:
+    """Print by what other hospitals know this node: the fingerprint of its public key, as their [[peer]] wants it."""
+    from ..privacy.identity import fingerprint
+    from ..privacy.secagg.keys import Identity
+
+    settings = _settings(config)
+    key = fingerprint(Identity.at(Path(settings.superlink.key)).public)
+    if as_json:
+        print(json.dumps({"name": settings.site.name, "key": key}))
+        return
+    print("# Compare the key by telephone, eight digits at a time:")
+    print("# " + " ".join(key[at : at + 8] for at in range(0, len(key), 8)))
+    print("# Mode distributed: each other hospital adds this to its node.toml.")
+    print(f'[[peer]]\nname = "{settings.site.name}"\nkey = "{key}"')
 
 
 def unit(

@@ -195,17 +195,18 @@ def _data(settings: NodeSettings) -> Iterator[Finding]:
 
 def _ledger(settings: NodeSettings) -> Iterator[Finding]:
     from ..privacy.ledger import Ledger
+    from .ledger_witness import check_witness
 
     site = settings.site_settings()
-    if not site.ledger.exists():
-        yield passed("privacy ledger", "none yet")
-        return
     try:
-        entries = Ledger(site.ledger, site.name).entries()
+        entries = Ledger(site.ledger, site.name).entries() if site.ledger.exists() else []
+        check_witness(site, entries)
     except FedNeuroError as error:
-        yield fail("privacy ledger", str(error), "put the newest backup back; nothing can be trained before")
+        yield fail("privacy ledger", str(error), "nothing private is trained before; see docs/hospital.md, Back up")
         return
-    yield passed("privacy ledger", f"{len(entries)} entries, whole")
+    yield passed(
+        "privacy ledger", f"{len(entries)} entries, whole, as the audit log has them" if entries else "none yet"
+    )
 
 
 def _audit(settings: NodeSettings) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from .doctor import Finding, fail, passed, warn
 from .node_settings import NodeSettings
+from .revocations import Revocations, refuse_revoked
 
 __all__ = ["Way", "network_checks", "port_sheet"]
 
@@ -128,6 +129,8 @@ def _tls(settings: NodeSettings, way: Way, connection: socket.socket) -> Iterato
     link = settings.superlink
     if link.certificate and link.certificate_key:
         context.load_cert_chain(link.certificate, link.certificate_key)
+    if link.revocations:
+        refuse_revoked(context, Revocations(Path(link.revocations), link.root_certificate))
     try:
         with context.wrap_socket(connection, server_hostname=way.host) as secure:
             certificate = secure.getpeercert() or {}
@@ -135,7 +138,11 @@ def _tls(settings: NodeSettings, way: Way, connection: socket.socket) -> Iterato
             days = (expires - time.time()) / 86400
             seen = f"{secure.version()}, vouched for by the pinned authority, {days:.0f} days left"
             yield passed("TLS", seen) if days > 14 else warn("TLS", seen, "tell the coordinator to renew it")
-            yield _clock(secure, way)
+            answer = _ask(secure, way)
+            yield _clock(answer)
+            if link.certificate and answer.split("\r\n")[0].split(" ")[1:2] == ["400"]:
+                seen = "the coordinator's guard does not take it: it was revoked, or replaced by a newer one"
+                yield fail("certificate", seen, "ask the coordinator; a new invitation makes a new one")
     except ssl.SSLCertVerificationError as error:
         remedy = f"if it should be the coordinator: compare {Path(link.root_certificate).name} by telephone. "
         remedy += "A proxy that opens TLS must leave this host alone; a wrong clock looks like this too"
@@ -144,12 +151,19 @@ def _tls(settings: NodeSettings, way: Way, connection: socket.socket) -> Iterato
         yield fail("TLS", f"{error}", "is this the coordinator's port? does a firewall cut TLS?")
 
 
-def _clock(secure: ssl.SSLSocket, way: Way) -> Finding:
-    """The coordinator's clock is in the head of any HTTP answer, also of a refusal."""
+def _ask(secure: ssl.SSLSocket, way: Way) -> str:
+    """The head of an HTTP answer; nginx says only there, with 400, that it does not take a client certificate."""
     with suppress(OSError):
         secure.sendall(f"GET /health HTTP/1.1\r\nHost: {way.host}\r\nConnection: close\r\n\r\n".encode("ascii"))
-        for line in _head(secure).split("\r\n"):
-            if line.lower().startswith("date:"):
+        return _head(secure)
+    return ""
+
+
+def _clock(answer: str) -> Finding:
+    """The coordinator's clock is in the head of any HTTP answer, also of a refusal."""
+    for line in answer.split("\r\n"):
+        if line.lower().startswith("date:"):
+            with suppress(ValueError, TypeError):
                 moment = email.utils.parsedate_to_datetime(line.partition(":")[2].strip())
                 return _skew(time.time() - moment.timestamp())
     return warn("clock", "the coordinator does not tell its time", "make sure that this machine keeps time (NTP)")

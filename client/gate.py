@@ -24,6 +24,8 @@ from ..privacy.contract import (
     shapes_of,
 )
 from ..privacy.errors import ContractViolation, Reason, Refused
+from ..privacy.released import MIN_CELL, is_cell, released_names
+from ..privacy.wire_layout import reply_shapes
 from .settings import SiteSettings
 
 __all__ = ["Answer", "enter", "leave", "missing_arrays"]
@@ -87,7 +89,7 @@ def leave(reply: Answer, request: Request) -> None:
     if isinstance(reply, TrainReply):
         if request.arrays is None:
             raise missing_arrays(request)
-        check_arrays(reply.arrays, shapes_of(request.arrays))
+        check_arrays(reply.arrays, reply_shapes(study, shapes_of(request.arrays)))
         if study.privacy.mode != "none" and reply.loss is not None:
             raise ContractViolation("a private study returns no training loss: it is not noised")
     elif isinstance(reply, MaskedReply):
@@ -95,10 +97,10 @@ def leave(reply: Answer, request: Request) -> None:
         if reply.vector.dtype != np.uint64 or reply.vector.ndim != 1 or not 0 < reply.vector.size <= parameters:
             raise ContractViolation("a masked vector is one uint64 word for each trainable parameter")
     elif isinstance(reply, EvaluateReply):
-        labels = study.task.labels if study.task.kind == "segmentation" else ()
-        allowed = {*study.metric_names, *(f"{m}_{label}" for m in study.metric_names for label in labels)}
+        allowed = released_names(study)
         if extra := set(reply.metrics) - allowed:
             raise ContractViolation(f"metrics {sorted(extra)} are not in the study")
-        small = [n for n, e in reply.metrics.items() if e.n < study.evaluation.min_patients]
+        least = study.evaluation.min_patients
+        small = [n for n, e in reply.metrics.items() if e.n < (max(least, MIN_CELL) if is_cell(n) else least)]
         if small:
             raise ContractViolation(f"metrics {small} are over fewer than evaluation.min_patients patients")

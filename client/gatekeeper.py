@@ -7,14 +7,16 @@ A message in, each step deciding before the next begins:
     2. the hour is one of its windows, and it was not asked too often in the last hour
     3. the contract of :mod:`.gate`: round, role, kind of request
     4. the rules of :mod:`.policy_rules`: study, privacy, model, reply
-    5. the study has hours of computing left, and the round was not answered before (:mod:`.round_guard`)
+    5. the study has hours of computing left, the ledger is the one that the audit log knows (:mod:`.ledger_witness`),
+       and the round was not answered before (:mod:`.round_guard`)
     6. the decision is in the audit log, on disk; where that fails, nothing is computed
 
 The answer out:
 
     7. the contract again: what leaves is what was agreed, and nothing else
     8. the policy as it is *now*: an approval that was withdrawn during a long round holds the answer back
-    9. the audit entry is on disk; where that fails, a reason code leaves and nothing else
+    9. the head of the ledger that paid, and the audit entry, are on disk; where that fails, a reason code leaves and
+       nothing else
 
 On a researcher's own machine (no policy, no list of approved studies) only the contract applies: the person who starts
 the study owns the data.
@@ -43,6 +45,7 @@ from ..privacy.errors import FedNeuroError, Reason
 from . import gate
 from .audit import AuditLog
 from .code_hash import code_hash
+from .ledger_witness import LedgerWitness, may_charge
 from .policy import Denied, Policy, PolicyFile
 from .policy_rules import Case, require
 from .round_guard import Answered, RoundGuard
@@ -85,6 +88,7 @@ class Gatekeeper:
         self._guarded = settings.policy is not None or settings.approved is not None
         self._rounds = RoundGuard(settings.state)
         self._log: AuditLog | None = None
+        self._seen: LedgerWitness | None = None
         self._asked: deque[float] = deque()
         self._flooded = False
         self._policy_digest = ""
@@ -115,6 +119,8 @@ class Gatekeeper:
             if policy:
                 rule = self._permitted(policy, request)
                 self._hours_left(policy, request)
+            if may_charge(request):
+                self._witness().check()
             retries = policy.limits.max_retries if policy else MAX_RETRIES
             self._before = (request.study.hash, self._rounds.begin(request, model, retries))
         except (FedNeuroError, OSError) as error:
@@ -194,6 +200,8 @@ class Gatekeeper:
         if isinstance(reply, EvaluateReply):
             fields["metrics"] = sorted(reply.metrics)
         self._spend(request)
+        if may_charge(request):
+            self._witness().note()
         self._append("out", **self._about(request), answer=type(reply).__name__, **fields)
         self._before = None
         return reply
@@ -230,6 +238,9 @@ class Gatekeeper:
     def refuse(self, request: Request, reason: Reason) -> None:
         """Write down that a reason code leaves; a full disk must not hide it."""
         if self._guarded:
+            if self._started and may_charge(request):
+                with suppress(OSError, FedNeuroError):
+                    self._witness().note()
             with suppress(OSError, FedNeuroError):
                 self._spend(request)
                 if self._before is not None:
@@ -281,11 +292,19 @@ class Gatekeeper:
         }
 
     def _append(self, kind: str, **fields: Any) -> None:
+        self._opened().append(kind, durable=not self._flooded, **fields)
+
+    def _opened(self) -> AuditLog:
         if self._log is None:
             log = audit_log(self._settings)
             log.append("start", code=code_hash())
             self._log = log
-        self._log.append(kind, durable=not self._flooded, **fields)
+        return self._log
+
+    def _witness(self) -> LedgerWitness:
+        if self._seen is None:
+            self._seen = LedgerWitness(self._settings, self._opened(), self._append)
+        return self._seen
 
 
 MAX_RETRIES = 3

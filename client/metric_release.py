@@ -10,6 +10,12 @@
 
 The number of patients that goes with a metric is the public one in every mode; the true count stays.
 
+Cells (:func:`~fedneuro.privacy.released.is_cell`: the patients of a stratum, of a bin of the reliability curve, with
+lesions of a size) leave in mode ``suppress`` only, from :data:`~fedneuro.privacy.released.MIN_CELL` patients or the
+minimum above, if that is larger; their count is rounded to the nearest five. Where the cells that are held back have
+fewer patients together than that, the smallest cell of the same stratum is held back too: from the mean over all
+patients and those of the other cells the rest could be computed.
+
 Noise. A patient's values v_1 … v_m are in [0, 1]. What is released is Σ (v - 1/2), so zero-out of one patient moves
 it by at most √m / 2 in L2 norm; N(0, σ²m/4) is added from the operating system's generator, and the sum is divided
 by the public count. The interval is made of public numbers: the noise, and 1/4, the largest variance of a value
@@ -28,9 +34,11 @@ from ..privacy.budget import metric_event, site_delta
 from ..privacy.contract import Arrays, Estimate
 from ..privacy.ledger import Ledger
 from ..privacy.noise import SecureRandom
+from ..privacy.released import MIN_CELL, split_cells
+from .data.split import public_size
 from .session import Session
 
-__all__ = ["noised", "release"]
+__all__ = ["cells_that_leave", "noised", "release"]
 
 DIGITS = 4
 """Noised values are rounded to so many digits, far coarser than their floating-point spacing (Mironov 2012)."""
@@ -50,7 +58,9 @@ def release(
     if patients < least:
         return {}
     if study.privacy.metrics == "suppress":
-        return {name: replace(estimate, n=patients) for name, estimate in exact.items() if estimate.n >= least}
+        whole, cells = split_cells(exact)
+        leaving = {name: replace(estimate, n=patients) for name, estimate in whole.items() if estimate.n >= least}
+        return leaving | cells_that_leave(cells, max(least, MIN_CELL))
     names = _names(session)
     path = session.folder / "released-metrics.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -77,6 +87,30 @@ def release(
         temporary.replace(path)
         ledger.settle(charge.id)
     return {name: Estimate(**values) for name, values in known[key].items()}
+
+
+def cells_that_leave(cells: Mapping[str, Estimate], least: int) -> dict[str, Estimate]:
+    """Cells of at least ``least`` patients, with rounded counts, and none from which a smaller one could be computed.
+
+    Example:
+        >>> counts = {"dice:sex:F": 12, "dice:sex:M": 9, "dice:sex:other": 3}
+        >>> cells = {name: Estimate(mean=0.5, low=0.5, high=0.5, n=n) for name, n in counts.items()}
+        >>> [(name, cell.n) for name, cell in cells_that_leave(cells, 5).items()]
+        [('dice:sex:F', 10)]
+    """
+    leaving: dict[str, Estimate] = {}
+    groups: dict[str, dict[str, Estimate]] = {}
+    for name, estimate in cells.items():
+        groups.setdefault(name.rpartition(":")[0], {})[name] = estimate
+    for group in groups.values():
+        small = {name for name, estimate in group.items() if estimate.n < least}
+        rest = sorted(set(group) - small, key=lambda name: (group[name].n, name), reverse=True)
+        while rest and 0 < sum(group[name].n for name in small) < least:
+            small.add(rest.pop())
+        leaving |= {
+            name: replace(estimate, n=public_size(estimate.n)) for name, estimate in group.items() if name not in small
+        }
+    return leaving
 
 
 def noised(sums: Sequence[float], sigma: float, patients: int, random: SecureRandom) -> list[Estimate]:

@@ -14,12 +14,19 @@ from typing import Any, Self
 
 from ..privacy.errors import BadInput
 from ..privacy.identity import require_private
+from .revocations import Revocations, refuse_revoked
 
 __all__ = ["client_context", "present_certificate"]
 
 
-def client_context(roots: bytes | str, certificate: Path, key: Path) -> ssl.SSLContext:
+def client_context(roots: bytes | str, certificate: Path, key: Path, revocations: Path | None = None) -> ssl.SSLContext:
     """A TLS context that trusts ``roots`` (PEM, or a file of it) only, and shows ``certificate``.
+
+    Args:
+        roots: what is trusted.
+        certificate: with its chain.
+        key: its private key.
+        revocations: the root's list of what it took back, if the hospital has one.
 
     Raises:
         BadInput: a file is missing, does not fit the other, or the key can be read by others.
@@ -36,11 +43,13 @@ def client_context(roots: bytes | str, certificate: Path, key: Path) -> ssl.SSLC
     except (OSError, ssl.SSLError, UnicodeDecodeError) as error:
         text = f"{certificate} and {key}: cannot be used as certificate and key ({error})"
         raise BadInput(f"{text}; fedneuro-node renew, or enrol again") from error
+    if revocations is not None:
+        refuse_revoked(context, Revocations(revocations, roots))
     return context
 
 
-def present_certificate(certificate: Path, key: Path) -> None:
-    """From now on, the SuperNode of this process shows ``certificate`` to the SuperLink.
+def present_certificate(certificate: Path, key: Path, revocations: Path | None = None) -> None:
+    """From now on, the SuperNode of this process shows ``certificate`` to the SuperLink; see :func:`client_context`.
 
     Raises:
         BadInput: a file is missing, does not fit the other, or the key can be read by others.
@@ -62,7 +71,7 @@ def present_certificate(certificate: Path, key: Path) -> None:
         ) -> Self:
             if insecure or root_certificates is None:
                 raise BadInput("a client certificate needs TLS and --root-certificates")
-            context = client_context(root_certificates, certificate, key)
+            context = client_context(root_certificates, certificate, key, revocations)
             address = f"https://{server_address}"
             made: Self = cls(address, interceptors=interceptors, verify=context, retry_invoker=retry_invoker)
             return made

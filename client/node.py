@@ -4,8 +4,9 @@
     supernode   Flower's, the only process with a connection to the outside: to the coordinator, outgoing
     runner      ours, the gates; its child trains, behind walls
 
-A process that ends is started again after 1, 2, 4 … 60 s, at once if it had lived for a while. (After a kill -9 the
-coordinator takes the node for connected for up to a minute and refuses a second one; the pauses cover that.) What the
+A process that ends is started again after 1, 2, 4, 8, 16, 16 … 60 s, at once if it had lived for a while. (After a
+kill -9 the coordinator takes the node for connected for up to a minute and refuses a second one; the pauses of 16 s
+cover that.) What the
 processes hold is on disk: ledger, audit log, rounds answered. Nothing outlives this process, not even a kill -9.
 
     SIGTERM, SIGINT   stop within 15 s; the round under way is abandoned, and the coordinator told
@@ -32,7 +33,9 @@ __all__ = ["ENVIRONMENT", "serve_node", "supernode_arguments"]
 LOOK_SECONDS = 0.2
 STEADY_SECONDS = 30.0
 """A process that lived this long failed for a new reason."""
+SHORT_PAUSES, SHORT_PAUSE = 8, 16.0
 LONGEST_PAUSE = 60.0
+"""Seconds between two starts: at first at most the short pause, after so many failures in a row the longest."""
 SEND_SECONDS = 120.0
 """For the last reply on its way to the coordinator."""
 LOG_BYTES = 20 * 1024**2
@@ -69,6 +72,7 @@ def supernode_arguments(settings: NodeSettings) -> list[str]:
     arguments += ["--isolation", "process", "--superexec-auth-secret-file", runner.secret, "--bundle", runner.bundle]
     if link.certificate and link.certificate_key:
         arguments += ["--client-certificate", link.certificate, "--client-key", link.certificate_key]
+        arguments += ["--revocations", link.revocations] if link.revocations else []
     return arguments
 
 
@@ -169,7 +173,7 @@ class _Node:
         self._processes.stop(child.name)  # and what it left behind in its session
         steady = now - child.since > STEADY_SECONDS
         child.failures = 0 if steady else child.failures + 1
-        pause = 0.0 if steady else min(LONGEST_PAUSE, 2.0 ** (child.failures - 1))
+        pause = 0.0 if steady else _pause(child.failures)
         child.ended = f"{ending(code)}: {self._processes.last_line(child.name)}"
         _log.warning("%s %s; again in %.0f s", child.name, child.ended, pause)
         child.again = now + pause
@@ -186,3 +190,8 @@ class _Node:
             for child in self._children
         }
         self._folder.write("node", {"pid": os.getpid(), "state": state, "since": self._since, "children": children})
+
+
+def _pause(failures: int) -> float:
+    """Seconds until the next start after so many failures in a row, from 1."""
+    return min(SHORT_PAUSE, 2.0 ** (failures - 1)) if failures <= SHORT_PAUSES else LONGEST_PAUSE

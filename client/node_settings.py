@@ -10,6 +10,7 @@
     data = "bids"                # BIDS folder, only read; paths are relative to this file
     state = "state"              # ledger, optimiser states and log; stays here
     cache = "cache"              # preprocessed scans (default: state/cache)
+    cache_gib = 64               # that they may take on disk
 
     [study]
     policy = "policy.toml"       # what the hospital permits; see fedneuro.client.policy
@@ -27,6 +28,7 @@
     key = "node.key"             # this node's private key, P-384 in OpenSSH form, mode 0600
     certificate = "site.crt"     # shown to the coordinator's guard; written, as all of this section, by enrol
     certificate_key = "site.key" # its private key, mode 0600
+    # revocations = "root.crl"   # what the coordinator's root took back; see fedneuro.client.revocations
 
     [runner]
     port = 9094                  # port on 127.0.0.1 between SuperNode and runner
@@ -80,6 +82,7 @@ class SitePart(_Part):
     data: Text
     state: Text
     cache: Text | None = None
+    cache_gib: float = Field(default=64.0, gt=0, le=1_000_000)
 
 
 class StudyPart(_Part):
@@ -122,6 +125,13 @@ class SuperLinkPart(_Part):
     key: Text
     certificate: Text | None = None
     certificate_key: Text | None = None
+    revocations: Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.revocations is not None and self.certificate is None:
+            raise PydanticCustomError("pair", "revocations needs a certificate; fedneuro-node enrol INVITATION")
+        return self
 
 
 class CoordinatorPart(_Part):
@@ -171,6 +181,7 @@ class NodeSettings(_Part):
             role=self.site.role,
             public_size=self.site.public_size,
             cache=Path(self.site.cache) if self.site.cache else None,
+            cache_bytes=int(self.site.cache_gib * 2**30),
             approved=None if self.study.approved is None else frozenset(self.study.approved),
             policy=Path(self.study.policy) if self.study.policy else None,
             dataset=self.budget.dataset,
@@ -190,12 +201,12 @@ class NodeSettings(_Part):
 _PATHS = {
     "site": ("data", "state", "cache"),
     "study": ("policy",),
-    "superlink": ("root_certificate", "key", "certificate", "certificate_key"),
+    "superlink": ("root_certificate", "key", "certificate", "certificate_key", "revocations"),
     "runner": ("secret",),
 }
 _EXISTING = {
     ("site", "data"),
-    *(("superlink", key) for key in ("root_certificate", "key", "certificate", "certificate_key")),
+    *(("superlink", key) for key in ("root_certificate", "key", "certificate", "certificate_key", "revocations")),
     ("runner", "secret"),
 }
 _SECRET = {("superlink", "key"), ("superlink", "certificate_key"), ("runner", "secret")}

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ..privacy.contract import Role
 from ..privacy.errors import BadInput, Reason, Refused
+from ..privacy.study_evaluation import Metric
 from .toml_file import Part, parse_toml, validate
 
 __all__ = ["DAYS", "Denied", "Policy", "PolicyFile", "StudyRule", "Window", "load_policy"]
@@ -26,7 +27,6 @@ __all__ = ["DAYS", "Denied", "Policy", "PolicyFile", "StudyRule", "Window", "loa
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 Task = Literal["segmentation", "classification"]
-Metric = Literal["dice", "hd95", "accuracy", "auroc"]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -97,6 +97,7 @@ class ReplyPart(Part):
     arrays: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), strict=False)
     metrics: tuple[Metric, ...] = Field(default=(), strict=False)
     exact_metrics: bool = False
+    strata: bool = False
     training_loss: bool = False
 
 

@@ -56,8 +56,13 @@ max_bytes = 200_000_000          # of one model, as it travels
 
 [reply]                          # what may leave besides a refusal
 arrays = ["*"]                   # patterns of the names of a trained model's arrays
-metrics = ["dice", "hd95", "accuracy", "auroc"]   # means over patients
+metrics = [                      # means over patients
+    "dice", "nsd", "hd95", "volume_difference",
+    "lesion_f1", "lesion_sensitivity", "false_positives", "lesion_count_difference", "lesion_dice", "lesion_hd95",
+    "accuracy", "auroc", "auprc", "sensitivity", "specificity", "brier", "ece", "reliability",
+]
 exact_metrics = true             # false: only metrics that carry noise (privacy.metrics = "noise" in the study)
+strata = false                   # true: the first metric also by age, sex, scanner and lesion size, from 5 patients on
 training_loss = false            # of a study without privacy; never leaves a private one
 
 [limits]

@@ -20,6 +20,7 @@ from ..privacy.contract import Role
 from ..privacy.errors import BadInput, Reason, Refused
 from ..privacy.signing import verify_study
 from ..privacy.study import Study
+from ..privacy.wire_layout import uplink_names
 from .policy import Denied, Policy, StudyRule
 from .settings import SiteSettings
 
@@ -261,11 +262,12 @@ def _bytes(policy: Policy, case: Case) -> Finding:
 def _arrays(policy: Policy, case: Case) -> Finding:
     if not case.trains:
         return True, "no arrays leave: this site does not train"
-    patterns = policy.reply.arrays
-    kept = [name for name, _, _ in layout_of(case.study) if not any(fnmatchcase(name, p) for p in patterns)]
+    patterns, leaving = policy.reply.arrays, uplink_names(case.study)
+    names = [name for name, _, _ in layout_of(case.study) if leaving is None or name in leaving]
+    kept = [name for name in names if not any(fnmatchcase(name, p) for p in patterns)]
     if kept:
-        return False, f"{len(kept)} arrays of the model match no pattern, such as {kept[0]}"
-    return True, f"every array of the model matches one of {_list(patterns)}"
+        return False, f"{len(kept)} arrays of the reply match no pattern, such as {kept[0]}"
+    return True, f"every array of the reply matches one of {_list(patterns)}"
 
 
 def _metrics(policy: Policy, case: Case) -> Finding:
@@ -277,6 +279,13 @@ def _exact(policy: Policy, case: Case) -> Finding:
     noised = case.study.privacy.metrics == "noise"
     text = "metrics carry noise" if noised else f"exact metrics, {evaluations(case.study)} times"
     return noised or policy.reply.exact_metrics, f"{text}; exact ones permitted: {policy.reply.exact_metrics}".lower()
+
+
+def _strata(policy: Policy, case: Case) -> Finding:
+    names = case.study.evaluation.strata
+    if not names:
+        return True, "no metrics of groups of patients leave"
+    return policy.reply.strata, f"metrics by {_list(names)}; groups permitted: {policy.reply.strata}".lower()
 
 
 def _rounds(policy: Policy, case: Case) -> Finding:
@@ -302,6 +311,7 @@ _RULES: dict[str, Rule] = {
     "reply.arrays": _arrays,
     "reply.metrics": _metrics,
     "reply.exact_metrics": _exact,
+    "reply.strata": _strata,
 }
 """By the key of ``policy.toml``; the cheap ones first, so that a flood costs little."""
 

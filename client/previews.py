@@ -9,6 +9,7 @@ right of the picture, as if one looked from the feet. Arrays are expected in RAS
 two axes are flipped.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["render_classification", "render_preview"]
+__all__ = ["render_classification", "render_maps", "render_preview"]
 
 SIDE: Final = 256
 """Longer side of a panel in pixels."""
@@ -35,6 +36,9 @@ COLOURS: Final = (
 )
 """Colours of the labels 1, 2, …, told apart by colour-blind readers (Okabe and Ito, 2008)."""
 
+GLOW: Final = (255, 120, 0)
+"""Colour of the largest value of a map."""
+
 Pixels = NDArray[np.uint8]
 """An RGB picture, shape (rows, columns, 3)."""
 
@@ -48,6 +52,7 @@ def render_preview(
     title: str = "",
     caption: str = "",
     spacing: tuple[float, ...] | None = None,
+    maps: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Write scan, scan with truth, and scan with prediction, of the axial slice with the most truth.
 
@@ -61,6 +66,7 @@ def render_preview(
         title: line above the panels.
         caption: line below, after the names of the panels.
         spacing: voxel size in mm along the axes, for true proportions; None: square pixels.
+        maps: further panels by name: values from 0 to 1, same shape, glowing over the scan.
     """
     image, truth, prediction = (np.atleast_3d(np.asarray(array)) for array in (image, truth, prediction))
     if not image.shape == truth.shape == prediction.shape:
@@ -72,6 +78,7 @@ def render_preview(
         ("scan", scan),
         ("truth", _outlined(scan, truth[:, :, index], size)),
         ("prediction", _outlined(scan, prediction[:, :, index], size)),
+        *((name, _glowing(scan, values[:, :, index], size)) for name, values in (maps or {}).items()),
     ]
     _save(path, panels, title, caption or (f"slice {index + 1} of {image.shape[2]}" if image.shape[2] > 1 else ""))
 
@@ -101,6 +108,23 @@ def render_classification(
     scan = _windowed(image, image.shape[2] // 2, _panel_size(image.shape, spacing))
     verdict = "right" if truth == prediction else "wrong"
     _save(path, [(f"truth: {truth}", scan)], title, f"predicted: {prediction} ({probability:.0%}), {verdict}")
+
+
+def render_maps(
+    path: Path, plane: NDArray[Any], maps: Mapping[str, NDArray[Any]], *, title: str = "", caption: str = ""
+) -> None:
+    """Write one slice, and beside it the same with each map glowing over it.
+
+    Args:
+        path: PNG to write.
+        plane: grey values, shape (X, Y).
+        maps: by name: values from 0 to 1, same shape.
+        title: line above the panels.
+        caption: line below.
+    """
+    size = _panel_size(plane.shape, None)
+    scan = _windowed(plane[:, :, None], 0, size)
+    _save(path, [("scan", scan), *((n, _glowing(scan, values, size)) for n, values in maps.items())], title, caption)
 
 
 def _telling_slice(truth: NDArray[Any], prediction: NDArray[Any]) -> int:
@@ -146,6 +170,14 @@ def _outlined(scan: Pixels, labels: NDArray[Any], size: tuple[int, int]) -> Pixe
         inside = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
         picture[inside] = 0.7 * picture[inside] + 0.3 * colour
         picture[inside & ~_eroded(inside)] = colour
+    return picture.round().astype(np.uint8)
+
+
+def _glowing(scan: Pixels, values: NDArray[Any], size: tuple[int, int]) -> Pixels:
+    """``scan`` darkened, with a map of values from 0 to 1 over it."""
+    plane = Image.fromarray((_upright(np.clip(values, 0, 1)) * 255).astype(np.uint8))
+    strength = np.asarray(plane.resize(size, Image.Resampling.BILINEAR), np.float64)[..., None] / 255
+    picture = scan * 0.8 * (1 - strength) + np.array(GLOW, np.float64) * strength
     return picture.round().astype(np.uint8)
 
 

@@ -7,6 +7,8 @@ the ledger holds for this study and data set, over rounds and over retries. The 
 here, by the hospital, from the study's ε, δ, rate and number of steps; nobody sends it.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..models.optimizers import NoisedAdam
@@ -15,6 +17,7 @@ from ..privacy.contract import Receipt
 from ..privacy.dpsgd import PatientGradient
 from ..privacy.ledger import Ledger, Reservation
 from ..privacy.noise import SecureRandom
+from .data.ahead import ahead
 from .optimizers import set_learning_rate
 from .session import Session, stream
 
@@ -22,7 +25,11 @@ __all__ = ["private_steps"]
 
 
 def private_steps(
-    session: Session, number: int, optimizer: torch.optim.Optimizer, receipt: Receipt | None = None
+    session: Session,
+    number: int,
+    optimizer: torch.optim.Optimizer,
+    receipt: Receipt | None = None,
+    correct: Callable[[], None] = lambda: None,
 ) -> tuple[Reservation, float]:
     """Take the round's private steps.
 
@@ -31,6 +38,7 @@ def private_steps(
         number: round, from 1.
         optimizer: steps on the noised gradients.
         receipt: of the ledger after an earlier round, as the coordinator shows it.
+        correct: adds a term to each noised gradient that is made of published numbers alone (:mod:`.methods`).
 
     Returns:
         What was charged, and the noise multiplier.
@@ -72,13 +80,14 @@ def private_steps(
     for step in range(steps):
         position = (number - 1) * steps + step
         set_learning_rate(session, optimizer, position, study.total_steps)
-        for index in random.poisson_sample(len(session.trained), privacy.sample_rate):
-            patient = session.trained[index]
-            # A stream per patient: one patient's crops do not depend on who else was sampled.
-            rng = stream(study, settings.name, number, step, patient)
-            images, labels = crops.of_patient(patient, privacy.crops_per_patient, rng)
+        sampled = [session.trained[i] for i in random.poisson_sample(len(session.trained), privacy.sample_rate)]
+        # A stream per patient: one patient's crops do not depend on who else was sampled.
+        streams = ((patient, stream(study, settings.name, number, step, patient)) for patient in sampled)
+        drawn = (crops.of_patient(patient, privacy.crops_per_patient, rng) for patient, rng in streams)
+        for images, labels in ahead(drawn):
             gradient.accumulate(images.to(session.device), labels.to(session.device))
         left_out += gradient.finish().non_finite
+        correct()
         optimizer.step()
     if left_out:
         # In the hospital's own log: who counts as zero is nobody else's business.

@@ -7,7 +7,8 @@ back to an old round gets them for models of its choice. So, for each study:
     train      a round above the last one is new. The last one may be repeated for the *same* model (a coordinator that
                crashed between the reply and its save, and was resumed), at most ``max_retries`` times; the privacy
                ledger charges each time. An older round, or the last one for another model, is refused.
-    evaluate   one model per round (and one for the final evaluation); asked again, it costs time but tells nothing new.
+    evaluate   one model per round, and one, at one threshold, for the final evaluation; asked again, it costs time but
+               tells nothing new.
     other      steps of a secure aggregation belong to the last round or a newer one.
 
 It is written to disk before any training, in ``state/<study>/answered.json``.
@@ -75,7 +76,9 @@ class RoundGuard:
             number, last = request.round, answered.round
             if request.kind == "evaluate":
                 key = f"{number} final" if request.final else str(number)
-                if answered.evaluated.setdefault(key, model) != model:
+                # With another threshold for each repetition one could read off every patient's probability.
+                judged = model if request.threshold is None else f"{model} at {request.threshold:g}"
+                if answered.evaluated.setdefault(key, judged) != judged:
                     raise self._replayed(f"another model was evaluated for round {number}")
             elif number < last:
                 raise self._replayed(f"round {number} was asked for, round {last} was trained")

@@ -35,7 +35,7 @@ def stream(study: Study, *names: str | int) -> np.random.Generator:
 def software_versions() -> dict[str, str]:
     """Versions of what computes, as they go into the manifest of a run."""
     found = {"python": platform.python_version()}
-    for package in ("fedneuro", "torch", "monai", "flwr", "opacus", "dp-accounting", "nibabel", "numpy"):
+    for package in ("fedneuro", "torch", "monai", "flwr", "opacus", "dp-accounting", "nibabel", "numpy", "SimpleITK"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -56,7 +56,11 @@ class Session:
         self.study = study
         self.folder = settings.state / study.hash[:16]
         self.data = open_site(
-            settings.data, study, cache=settings.cache or settings.state / "cache", site=settings.name
+            settings.data,
+            study,
+            cache=settings.cache or settings.state / "cache",
+            site=settings.name,
+            limit=settings.cache_bytes,
         )
         wanted = study.training.device
         self.device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

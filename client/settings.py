@@ -24,6 +24,7 @@ class SiteSettings:
         role: what the hospital grants.
         public_size: declared, rounded cohort size; the only size that leaves. At least 1.
         cache: folder of preprocessed scans; None: ``state/cache``.
+        cache_bytes: that it may take on disk.
         approved: study hashes that the hospital approved; None on a researcher's own machine, where the
             person who starts the study owns the data.
         dataset: identity of the data set in the privacy ledger: every study on these patients names the same; empty:
@@ -44,6 +45,7 @@ class SiteSettings:
     role: Role
     public_size: int
     cache: Path | None = None
+    cache_bytes: int = 64 * 2**30
     approved: frozenset[str] | None = None
     dataset: str = ""
     lifetime: Budget | None = None

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..privacy.contract import SECURE_KINDS, HelloReply, MaskedReply, Refusal, Reply, Request, Role
-from ..privacy.errors import EnvironmentProblem, FedNeuroError, Reason
+from ..privacy.errors import ContractViolation, EnvironmentProblem, FedNeuroError, Reason
 from ..privacy.study import Study
 from . import gate
 from .gatekeeper import Gatekeeper
+from .held_model import HeldModel
 from .settings import SiteSettings
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Site:
         self.settings = settings
         self._keeper = Gatekeeper(settings)
         self._session: Session | None = None
+        self._held = HeldModel()
         self._log: logging.Logger | None = None
 
     def handle(self, request: Request) -> Reply:
@@ -41,11 +43,16 @@ class Site:
         Guarantee: the reply holds only what :mod:`fedneuro.privacy.contract` allows for its kind.
         """
         try:
+            request = self._held.complete(request)
+        except ContractViolation as error:  # no fault: the coordinator sends everything then
+            return Refusal(site=self.settings.name, kind=request.kind, round=request.round, reason=error.reason)
+        try:
             self.settings = self._keeper.enter(request)
             reply = self._keeper.leave(self._dispatch(request), request)
         except Exception as error:
             reason, exit_code, text = self.explain(error)
             return self._refuse(request, reason, exit_code, text)
+        self._held.keep(request)
         return reply
 
     def compute(self, request: Request) -> gate.Answer:
@@ -73,8 +80,10 @@ class Site:
         self._keeper.turn_away(kind, error.reason if isinstance(error, FedNeuroError) else Reason.INTERNAL)
 
     def close(self) -> None:
-        """The node stops: sign the audit log."""
+        """The node stops: sign the audit log, let go of the site's own."""
         self._keeper.close()
+        for handler in self._log.handlers if self._log else ():
+            handler.close()
 
     def _dispatch(self, request: Request) -> gate.Answer:
         import torch  # and what else computes: a runner whose child does it never loads them
@@ -95,6 +104,7 @@ class Site:
                 role=self.settings.role,
                 public_size=self.settings.public_size,
                 versions=software_versions(),
+                keeps_model=True,
                 identity=self._identity(request.study),
             )
         if request.kind in SECURE_KINDS:
@@ -111,7 +121,10 @@ class Site:
             for note in session.take_notes():
                 self._write_log(note)
             return trained
-        return evaluate(session, request.round, request.arrays, final=request.final)
+        judged = evaluate(session, request.round, request.arrays, final=request.final, threshold=request.threshold)
+        for note in session.take_notes():
+            self._write_log(note)
+        return judged
 
     def _identity(self, study: Study) -> bytes:
         """The site's public key, where the study has other hospitals ask for it."""

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study in plain words, for the person who is asked to approve it: what it does here, what leaves, what it costs."""
 
+import math
+
+import numpy as np
+
 from ..privacy.budget import evaluations, site_delta, training_event
 from ..privacy.contract import Role
+from ..privacy.released import MIN_CELL
 from ..privacy.study import Study
+from ..privacy.wire_layout import reply_shapes
 from .policy_rules import epsilon_per_round, layout_of
 from .settings import SiteSettings
 
@@ -75,15 +81,30 @@ def _leaves(study: Study, site: SiteSettings, size: int, *, trains: bool) -> lis
     lines = ["Leaves     once: role, declared size, software versions"]
     if trains:
         loss = " and its mean training loss" if study.privacy.mode == "none" else ""
-        lines.append(
-            f"           {rounds} times: the trained model{loss}, {_bytes(size)} each, {_bytes(size * rounds)} in all"
-        )
+        up, what = _reply_bytes(study) or size, "the trained model"
+        if up != size:
+            what = "what was trained of the model" + (f", as {study.wire.up}" if study.wire.up != "float32" else "")
+        lines.append(f"           {rounds} times: {what}{loss}, {_bytes(up)} each, {_bytes(up * rounds)} in all")
     how = "with noise" if study.privacy.metrics == "noise" else "exact, as means over patients"
     least = max(study.evaluation.min_patients, site.min_patients)
     lines.append(
         f"           {asked} times: {', '.join(study.metric_names)} ({how}; nothing from fewer than {least} patients)"
     )
+    if strata := study.evaluation.strata:
+        lines.append(
+            f"           once: {study.metric_names[0]} by {', '.join(strata)} (exact; no group of fewer than "
+            f"{max(least, MIN_CELL)} patients, counts rounded to five)"
+        )
     return lines
+
+
+def _reply_bytes(study: Study) -> int:
+    """Bytes of the arrays that leave after a round; 0 in mode ``distributed``, whose replies are masked sums."""
+    if study.privacy.mode == "distributed":
+        return 0
+    down = {name: ((numbers,), "float32") for name, numbers, _ in layout_of(study)}
+    agreed = reply_shapes(study, down).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in agreed)
 
 
 def _bytes(count: int) -> str:

@@ -2,15 +2,17 @@
 """Flower's SuperNode with shorter pauses: ``python -m fedneuro.client.supernode`` takes its own options.
 
 Beside them ``--client-certificate`` and ``--client-key``: what it shows to the coordinator's guard
-(:mod:`.mutual_tls`); and ``--bundle``: SHA-256 of the only app bundle whose settings are read at all, so that a zip
-bomb in another one is never opened. On SIGUSR1 it sends the reply in hand, and ends when none is.
+(:mod:`.mutual_tls`); ``--revocations``: what the coordinator's root took back (:mod:`.revocations`); and ``--bundle``:
+SHA-256 of the only app bundle whose settings are read at all, so that a zip bomb in another one is never opened. On
+SIGUSR1 it sends the reply in hand, and ends when none is.
 
 Flower 1.41 pauses for a fixed 3 s between two looks for a message and for 0.5 s between two looks for the
 reply (``flwr/supernode/start_client_internal.py``); a round of two messages loses up to seven seconds to it.
 This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
 Flower's own entry point. The look for a part of a message that is on its way begins sooner too
-(:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`); nothing else is touched. A contract test reads
-Flower's source and fails if the pauses are no longer where they were.
+(:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`), and a link that breaks during a TLS handshake is a broken
+link (:func:`keep_trying`); nothing else is touched. Contract tests read Flower's source and fail if what is changed is
+no longer where it was.
 """
 
 import argparse
@@ -27,13 +29,16 @@ from ..privacy.flower_tasks import quicken_transfers, ring
 from ..privacy.pace import Pace
 from .mutual_tls import present_certificate
 
-__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "announce_tasks", "main", "open_only", "shorten_pauses"]
+__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "announce_tasks", "keep_trying", "main", "open_only", "shorten_pauses"]
 
 IDLE_PAUSE = 3
 REPLY_PAUSE = 0.5
 """Flower's own pauses in seconds, by which the two places are told apart."""
 DRAIN_SECONDS = 5.0
 """How long an ending SuperNode waits for a reply that no runner gives any more."""
+
+_BROKEN = ("unexpected_eof", "eof occurred", "timed out", "reset by peer", "broken pipe")
+"""What OpenSSL and the kernel say of a link that breaks; none says it of a certificate."""
 
 _draining: list[float] = []
 """When it was told to end, if it was."""
@@ -107,6 +112,33 @@ def announce_tasks(secret: Path) -> None:
     loop.__dict__["_pull_and_store_message"] = announced
 
 
+def keep_trying() -> None:
+    """Let the SuperNode try again where a link breaks in a TLS handshake, as it does where a link breaks later.
+
+    Flower takes every error whose text says "SSL" for a wrong certificate and gives up for good. A proxy or firewall
+    that restarts, or a second of lost packets, would end the SuperNode, and cost the minute in which the coordinator
+    still takes the old one for connected. Certificates that do not pass still end it.
+    """
+    import httpx
+    from flwr.supernode import fleet_http_connection as connection
+
+    make = connection.__dict__["make_simple_http_retry_invoker"]
+
+    def made() -> Any:
+        invoker = make()
+        gives_up = invoker.should_giveup
+
+        def should_give_up(error: Exception) -> bool:
+            text = str(error).lower()
+            broken = isinstance(error, httpx.TransportError) and any(term in text for term in _BROKEN)
+            return False if broken else bool(gives_up(error))
+
+        invoker.should_giveup = should_give_up
+        return invoker
+
+    connection.__dict__["make_simple_http_retry_invoker"] = made
+
+
 def main() -> int:
     """Run the SuperNode with the options on the command line; returns when it gave its connection up.
 
@@ -118,12 +150,14 @@ def main() -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--client-certificate", type=Path)
     own.add_argument("--client-key", type=Path)
+    own.add_argument("--revocations", type=Path)
     own.add_argument("--bundle")
     own.add_argument("--superexec-auth-secret-file", type=Path)  # Flower's own, read here too
     options, rest = own.parse_known_args()
     if options.client_certificate and options.client_key:
-        present_certificate(options.client_certificate, options.client_key)
+        present_certificate(options.client_certificate, options.client_key, options.revocations)
     shorten_pauses()
+    keep_trying()
     quicken_transfers()
     if options.superexec_auth_secret_file:
         announce_tasks(options.superexec_auth_secret_file)

@@ -3,7 +3,7 @@
 
 Noise grows with the number of parameters and the signal does not, so private fine-tuning of a few parameters keeps what
 public pre-training gave (privacy.md §5: 322 of 53,000 parameters did best). Frozen parameters still travel
-with the model; they come back as they went out.
+with the model to where it is missing; they do not come back.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .spec import Trainable
 
-__all__ = ["choose_trainable"]
+__all__ = ["choose_trainable", "normalisations"]
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _SLOPES = (nn.PReLU,)
@@ -44,6 +44,15 @@ def choose_trainable(network: nn.Module, which: Trainable) -> list[str]:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in chosen)
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def normalisations(network: nn.Module) -> list[str]:
+    """Names of the scales and shifts of normalisation layers, in the network's order."""
+    return [
+        name
+        for name, _ in network.named_parameters()
+        if isinstance(network.get_submodule(name.rpartition(".")[0]), _NORMS)
+    ]
 
 
 def _all(network: nn.Module) -> set[str]:

@@ -113,7 +113,10 @@ class Request:
     """What the coordinator asks of one site.
 
     ``round`` counts from 1 for *train*; *evaluate* of round r judges the model after round r (0: untrained).
-    ``arrays`` is the global model (absent in *hello*). ``final`` asks for every metric of the study.
+    ``arrays`` is the global model (absent in *hello*), and what :mod:`.wire_layout` has beside it. ``final`` asks for
+    every metric of the study. ``held``, where it is not empty, is the digest of all these arrays; ``arrays`` then has
+    those alone, or none, that differ from what this site got last.
+    ``threshold`` of sensitivity and specificity goes with ``final``, as training sites chose it on their own patients.
     ``receipt`` is the latest that this site gave, shown to it again with *train* and *masked*.
     ``signature`` is the coordinator's under the study hash (:mod:`fedneuro.privacy.signing`), or empty.
     ``secure`` is what a step of secure aggregation says besides; only *masked* carries ``arrays``, too.
@@ -123,7 +126,9 @@ class Request:
     study: Study
     round: int = 0
     arrays: Arrays | None = None
+    held: str = ""
     final: bool = False
+    threshold: float | None = None
     receipt: Receipt | None = None
     secure: SecureStep | None = None
     signature: bytes = b""
@@ -134,6 +139,7 @@ class HelloReply:
     """A site's answer before round 1: its data fit the study, and this is what it grants.
 
     ``identity``: with ``privacy.mode = "distributed"`` the public key by which other hospitals know a training site.
+    ``keeps_model``: it remembers what it got last, so that only what changed need be sent to it.
     """
 
     site: str
@@ -141,12 +147,13 @@ class HelloReply:
     public_size: int
     versions: Mapping[str, str] = field(default_factory=dict)
     has_validation: bool = True
+    keeps_model: bool = False
     identity: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReply:
-    """A site's weights after its local steps.
+    """A site's weights after its local steps, in the form that :func:`.wire_layout.reply_shapes` says.
 
     ``loss``: mean training loss, or None where it is withheld (under privacy it is not noised, so it stays).
     ``epsilon``: ε that this data set has spent in this study so far, this round included; None without privacy.
@@ -244,14 +251,17 @@ def check_request(request: Request) -> None:
         or (request.kind not in ("hello", "evaluate") and not request.round)
     ):
         raise ContractViolation(f"round {request.round} does not suit a {request.kind} request")
-    if (request.arrays is None) is not (request.kind not in ("train", "evaluate", "masked")):
-        raise ContractViolation(f"a {request.kind} request {'with a' if request.arrays else 'without a'} model")
+    carries = request.arrays is not None or bool(request.held)
+    if carries is not (request.kind in ("train", "evaluate", "masked")):
+        raise ContractViolation(f"a {request.kind} request {'with a' if carries else 'without a'} model")
     if (request.secure is None) is (request.kind in SECURE_KINDS):
         raise ContractViolation(f"a {request.kind} request {'with' if request.secure else 'without'} a secure step")
     if request.receipt is not None and request.kind not in ("train", "masked"):
         raise ContractViolation(f"a receipt does not suit a {request.kind} request")
     if request.final and request.kind != "evaluate":
         raise ContractViolation(f"final does not suit a {request.kind} request")
+    if request.threshold is not None and not (request.final and 0 < request.threshold < 1):
+        raise ContractViolation(f"threshold {request.threshold} does not suit a {request.kind} request")
 
 
 def check_arrays(arrays: Arrays, expected: Shapes) -> None:

@@ -54,7 +54,9 @@ class Reason(StrEnum):
     CONTRACT_VIOLATION = "contract-violation"
     DATA_INVALID = "data-invalid"
     NON_FINITE = "non-finite"
+    OUT_OF_NORM = "out-of-norm"
     OUT_OF_STEP = "out-of-step"
+    MODEL_NOT_HELD = "model-not-held"
     ENVIRONMENT = "environment"
     INTERNAL = "internal-error"
     TRAINING_CRASHED = "training-crashed"
@@ -85,7 +87,9 @@ _PUBLIC_TEXT: dict[Reason, str] = {
     Reason.CONTRACT_VIOLATION: "the message does not hold what the contract allows",
     Reason.DATA_INVALID: "the hospital's data set has a fault; its staff see it in the node's log",
     Reason.NON_FINITE: "training gave a value that is not a finite number",
+    Reason.OUT_OF_NORM: "the hospital's update is larger than the study permits, and was left out",
     Reason.OUT_OF_STEP: "the hospital's saved state belongs to another round",
+    Reason.MODEL_NOT_HELD: "the hospital no longer has the model that the message builds on",
     Reason.ENVIRONMENT: "the hospital's machine has a fault; its staff see it in the node's log",
     Reason.INTERNAL: "the node met an unexpected error; its staff see it in the node's log",
     Reason.TRAINING_CRASHED: "the hospital's training process ended; its staff see why in the node's log",

@@ -14,19 +14,27 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_public_key,
+)
 from cryptography.x509.oid import NameOID
 
-from .errors import BadInput
+from .errors import BadInput, EnvironmentProblem
 
 __all__ = [
     "SITE_NAME",
     "fingerprint",
+    "identity_of_pem",
     "is_p384",
     "make_node_key",
     "new_key",
     "openssh",
     "pkcs8",
+    "public_identity",
     "public_pem",
     "replace_file",
     "require_private",
@@ -78,9 +86,30 @@ def signing_request(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
     )
 
 
-def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate's DER form, 64 hexadecimal digits."""
-    return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
+def public_identity(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A node's public key as its peers hold it: a compressed point of P-384 (SEC 1, section 2.3.3), 49 bytes."""
+    return key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+
+
+def identity_of_pem(pem: bytes) -> bytes:
+    """The public identity in a PEM file of a public P-384 key.
+
+    Raises:
+        EnvironmentProblem: it holds another kind of key.
+    """
+    key = load_pem_public_key(pem)
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise EnvironmentProblem("a node's public key is of another kind: expected P-384")
+    return public_identity(key)
+
+
+def fingerprint(of: x509.Certificate | bytes) -> str:
+    """What people compare by telephone, and ``[[peer]]`` in node.toml pins: SHA-256, 64 hexadecimal digits.
+
+    Args:
+        of: a certificate, taken in its DER form; or a node's public identity (:func:`public_identity`).
+    """
+    return hashlib.sha256(of if isinstance(of, bytes) else of.public_bytes(Encoding.DER)).hexdigest()
 
 
 def write_private(path: Path, content: bytes) -> None:

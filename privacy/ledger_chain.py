@@ -3,7 +3,8 @@
 
 Whoever edits, removes, inserts or reorders a row must rewrite all later rows, and then the head differs from the
 *anchors*: heads that were written down elsewhere. :class:`AnchorFile` keeps them beside the ledger, flushed to disk;
-the coordinator holds others as receipts. Rows are ordered by number, so clocks do not matter.
+a node's audit log holds them under its signature, and the coordinator has others as receipts. Rows are ordered by
+number, so clocks do not matter.
 
 Method: Haber and Stornetta 1991, https://doi.org/10.1007/BF00196791.
 """
@@ -128,22 +129,30 @@ def check_chain(entries: Sequence[Entry], site: str, path: Path) -> None:
         )
 
 
-def check_anchor(entries: Sequence[Entry], anchor: tuple[int, str] | None, path: Path) -> None:
-    """Refuse a ledger that does not hold the row which was last written down beside it.
+def check_anchor(entries: Sequence[Entry], anchor: tuple[int, str] | None, path: Path, *, witness: str = "") -> None:
+    """Refuse a ledger that does not hold the row which was last written down elsewhere.
+
+    Args:
+        entries: all rows.
+        anchor: number and hash of the row; None: nothing was written down, so there may be one row at most.
+        path: of the ledger, for the message.
+        witness: where it was written down, if not in the anchors beside the ledger, for the message.
 
     Raises:
         LedgerDistrusted: reason ``ledger-rolled-back``.
     """
+    by = f", says {witness}" if witness else ""
     if anchor is None:
         if len(entries) > 1:
             raise _distrust(path, "its anchors are gone", Reason.LEDGER_ROLLED_BACK)
         return
     count, head = anchor
     if len(entries) < count:
-        what = f"it has {len(entries)} entries, but {count} were written: an old copy was put back, or it was replaced"
+        what = f"it has {len(entries)} entries, but {count} were written{by}"
+        what += ": an old copy was put back, or it was replaced"
         raise _distrust(path, what, Reason.LEDGER_ROLLED_BACK)
     if entries[count - 1].hash != head:
-        raise _distrust(path, f"entry {count} is not the one that was written down", Reason.LEDGER_ROLLED_BACK)
+        raise _distrust(path, f"entry {count} is not the one that was written down{by}", Reason.LEDGER_ROLLED_BACK)
 
 
 def check_receipt(entries: Sequence[Entry], receipt: Receipt | None, path: Path) -> None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from .errors import BadInput, Reason, Refused
 from .study import Study
 
-__all__ = ["SIGNATURE_BYTES", "load_signing_key", "public_text", "sign_study", "verify_study"]
+__all__ = ["SIGNATURE_BYTES", "load_signing_key", "public_text", "sign_study", "verify_study", "verify_study_hash"]
 
 SIGNATURE_BYTES = 64
 
@@ -49,7 +49,7 @@ def public_text(key: Ed25519PrivateKey) -> str:
 
 def sign_study(study: Study, key: Ed25519PrivateKey) -> bytes:
     """The signature of ``key`` under ``study``: 64 bytes."""
-    return key.sign(_signed(study))
+    return key.sign(_signed(study.hash))
 
 
 def verify_study(study: Study, signature: bytes, public_key: str) -> None:
@@ -58,14 +58,19 @@ def verify_study(study: Study, signature: bytes, public_key: str) -> None:
     Raises:
         Refused: another study, another key, or no signature at all; reason ``study-not-approved``.
     """
+    verify_study_hash(study.hash, signature, public_key)
+
+
+def verify_study_hash(study_hash: str, signature: bytes, public_key: str) -> None:
+    """As :func:`verify_study`, for a study of which the hash is known."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(signature, _signed(study))
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(signature, _signed(study_hash))
     except (InvalidSignature, ValueError) as error:
         raise Refused(
-            f"study {study.hash[:12]} is not signed by the coordinator's key {public_key[:12]}",
+            f"study {study_hash[:12]} is not signed by the coordinator's key {public_key[:12]}",
             reason=Reason.STUDY_NOT_APPROVED,
         ) from error
 
 
-def _signed(study: Study) -> bytes:
-    return b"fedneuro study signature 1\0" + study.hash.encode("ascii")
+def _signed(study_hash: str) -> bytes:
+    return b"fedneuro study signature 1\0" + study_hash.encode("ascii")

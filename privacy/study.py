@@ -13,14 +13,17 @@ Canonical form: the effective study (defaults filled in) as JSON, keys sorted, n
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from ..models.spec import ModelSection, Section, TaskSection, Trainable, contradiction
 from .errors import ContractViolation
+from .study_data import DataSection
+from .study_evaluation import BOUNDED_METRICS, DEFAULT_METRICS, EvaluationSection
 from .study_init import PHANTOM_MODALITIES, InitSection
 from .study_privacy import PrivacySection
+from .study_strategy import StrategySection, WireSection, check_strategy
 
 __all__ = [
     "DataSection",
@@ -30,13 +33,10 @@ __all__ = [
     "Study",
     "StudySection",
     "TrainingSection",
+    "WireSection",
 ]
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Metric = Literal["dice", "hd95", "accuracy", "auroc"]
 SMALLEST_RESNET_PATCH = 32
-SEGMENTATION_METRICS = frozenset({"dice", "hd95"})
-BOUNDED_METRICS = frozenset({"dice", "accuracy"})
 
 
 class StudySection(Section):
@@ -51,56 +51,6 @@ class StudySection(Section):
         ge=0,
         le=2**32 - 1,
         description="Seed of initialisation, crops and augmentation. Never of privacy noise.",
-    )
-
-
-class DataSection(Section):
-    """What a hospital's data set must hold, and how a scan becomes an input."""
-
-    modalities: tuple[Annotated[str, Field(pattern=r"^([a-z]+-[A-Za-z0-9]+_)*[A-Za-z0-9]+$")], ...] = Field(
-        default=("FLAIR",),
-        min_length=1,
-        max_length=8,
-        description='Input channels by BIDS suffix and entities, such as "FLAIR", "T1w", "ce-gadolinium_T1w".',
-    )
-    missing_modality: Literal["refuse", "exclude", "zero"] = Field(
-        default="refuse",
-        description="A patient who lacks a modality: refuse the data set, exclude the patient (counted and "
-        "reported), or feed zeros in that channel.",
-    )
-    empty_masks: Literal["refuse", "keep"] = Field(
-        default="refuse", description="A mask without foreground: a fault, or a patient without the disease."
-    )
-    spacing: tuple[Annotated[float, Field(gt=0, le=20)], ...] = Field(
-        default=(), description="Resample to this voxel spacing in mm (three numbers). Empty: as acquired."
-    )
-    normalise: Literal["zscore", "percentile", "none"] = Field(
-        default="zscore",
-        description="Intensities per scan: zero mean and unit variance over non-zero voxels; the 1st to 99th "
-        "percentile mapped to 0–1; or as stored.",
-    )
-    patch: tuple[Annotated[int, Field(ge=8, le=1024)], ...] = Field(
-        default=(128, 128),
-        min_length=2,
-        max_length=3,
-        description="Size in voxels of the crops that are trained on: two numbers for slices, three for volumes. "
-        "Smaller images are padded.",
-    )
-    slice_axis: Literal["sagittal", "coronal", "axial"] = Field(
-        default="axial", description="model.dims = 2: the plane of the slices."
-    )
-    foreground: float = Field(
-        default=0.5,
-        ge=0.0,
-        le=1.0,
-        description="Share of crops that are centred on (2D: slices that show) a labelled voxel.",
-    )
-    augment: Literal["none", "light", "standard"] = Field(
-        default="light",
-        description="none; light: flips; standard: flips, small affine, gamma, noise. Never mixes patients.",
-    )
-    split_key: str = Field(
-        default="fedneuro", min_length=1, max_length=128, description="Key of the hash that assigns patients to sides."
     )
 
 
@@ -168,58 +118,6 @@ class TrainingSection(Section):
         return self
 
 
-class StrategySection(Section):
-    """How updates become the next global model."""
-
-    name: Literal["fedavg"] = Field(
-        default="fedavg", description="fedavg: weighted mean of the sites' weights (McMahan 2017)."
-    )
-    weighting: Literal["public_size", "equal"] = Field(
-        default="public_size",
-        description="Weight of a site: its declared, rounded cohort size, or one. Never the true count.",
-    )
-    min_sites: int = Field(
-        default=0, ge=0, le=10_000, description="Training sites that must answer in a round. 0: all that joined."
-    )
-    round_timeout: float = Field(
-        default=3600.0, gt=0, le=7 * 86400, description="Seconds to wait for a site in a round."
-    )
-
-
-class EvaluationSection(Section):
-    """How the model is judged."""
-
-    heldout: tuple[SiteName, ...] = Field(default=(), description="Sites that never train. All other sites do.")
-    validation_fraction: float = Field(
-        default=0.2, gt=0, lt=1, description="Share of a training site's patients that are kept for validation."
-    )
-    every: int = Field(
-        default=1, ge=0, le=10_000, description="Evaluate after every so many rounds. 0: only at the end."
-    )
-    metrics: tuple[Metric, ...] = Field(default=(), description="Metrics. Empty: all that suit the task.")
-    select: Metric | Literal["", "last"] = Field(
-        default="",
-        description="Metric on the validation patients of training sites that chooses the round. "
-        'Empty: the first metric. "last": the last round. Held-out sites never choose.',
-    )
-    min_patients: int = Field(
-        default=1, ge=1, le=1000, description="A site with fewer patients than this returns no metric."
-    )
-    bootstrap: int = Field(default=2000, ge=100, le=100_000, description="Resamples of patients for 95 % intervals.")
-    overlap: float = Field(default=0.25, ge=0, lt=1, description="model.dims = 3: overlap of the inference windows.")
-    previews: int = Field(
-        default=3, ge=0, le=50, description="Patients per site whose pictures stay in the site's folder."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for key in ("heldout", "metrics"):
-            values = getattr(self, key)
-            if len(set(values)) != len(values):
-                raise contradiction(key, f"{key} repeats a name: {list(values)}", "name each once")
-        return self
-
-
 class Study(Section):
     """A whole study, validated. See the module's text for its canonical form and hash.
 
@@ -235,6 +133,7 @@ class Study(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     training: TrainingSection
     strategy: StrategySection = Field(default_factory=StrategySection)
+    wire: WireSection = Field(default_factory=WireSection)
     privacy: PrivacySection = Field(default_factory=PrivacySection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
 
@@ -282,7 +181,7 @@ class Study(Section):
             return self.evaluation.metrics
         if self.privacy.metrics == "noise":
             return ("dice",) if self.task.kind == "segmentation" else ("accuracy",)
-        return ("dice", "hd95") if self.task.kind == "segmentation" else ("accuracy", "auroc")
+        return DEFAULT_METRICS[self.task.kind]
 
     @property
     def select_metric(self) -> str:
@@ -313,6 +212,11 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        check_strategy(self)
+        return self
+
+    @model_validator(mode="after")
     def _check_init(self) -> Self:
         if self.training.init.source != "phantoms":
             return self
@@ -322,8 +226,8 @@ class Study(Section):
             raise contradiction(key, found, f'{supported}: use "checkpoint" or ""')
         if unknown := [m for m in self.data.modalities if m.rsplit("_", 1)[-1] not in PHANTOM_MODALITIES]:
             raise contradiction(key, f'phantoms for the modality "{unknown[0]}"', f"{supported}: {PHANTOM_MODALITIES}")
-        if self.data.normalise == "none":
-            found = 'phantoms with data.normalise = "none"'
+        if self.data.normalise not in ("zscore", "percentile"):
+            found = f'phantoms with data.normalise = "{self.data.normalise}"'
             raise contradiction(key, found, 'their grey levels mean nothing by themselves: use "zscore"')
         return self
 
@@ -342,6 +246,9 @@ class Study(Section):
                     f'"{unbounded[0]}" with privacy.metrics = "noise"',
                     "only dice and accuracy can be noised: they are means over patients of values from 0 to 1",
                 )
+        if self.evaluation.strata:
+            found = 'groups of patients with privacy.metrics = "noise"'
+            raise contradiction("evaluation.strata", found, "leave it empty: a group's metric is not noised")
         return self
 
     @model_validator(mode="after")
@@ -378,17 +285,7 @@ class Study(Section):
             raise contradiction(
                 "training.loss", f'"{self.training.loss}" for classification', 'use "cross_entropy" or "focal"'
             )
-        suited = SEGMENTATION_METRICS if segmentation else frozenset({"accuracy", "auroc"})
-        for key, names in (("metrics", self.evaluation.metrics), ("select", (self.evaluation.select,))):
-            for name in names:
-                if name not in suited | {"", "last"}:
-                    raise contradiction(
-                        f"evaluation.{key}", f'"{name}" for {task.kind}', f"use {', '.join(sorted(suited))}"
-                    )
-        if self.evaluation.select not in ("", "last", *self.metric_names):
-            raise contradiction(
-                "evaluation.select", f'"{self.evaluation.select}" is not in evaluation.metrics', "add it there"
-            )
+        self.evaluation.check_beside(task.kind, self.metric_names)
         if self.privacy.mode != "none" and not self.training.local_steps:
             raise contradiction(
                 "training.local_steps",

@@ -7,7 +7,7 @@ A message is a Flower ``RecordDict`` of one or two records, whose keys are liste
     record     kind          holds
     =========  ============  ====================================================================
     request    ConfigRecord  contract, kind, round, final, study, study-hash, [receipt], [signature], [model keys],
-                             and those of a step of secure aggregation (:mod:`~fedneuro.privacy.wire_secure`)
+                             [held], [threshold], and those of a step of secure aggregation (:mod:`~.wire_secure`)
     reply      ConfigRecord  contract, type, site, and the fields of that reply, [model keys];
                              of metrics: metrics (names), values (mean, low, high of each), patients
     arrays     ArrayRecord   ``state``: the bytes of all arrays of a model, one after another
@@ -42,7 +42,6 @@ from .contract import (
     HelloReply,
     Kind,
     MaskedReply,
-    Receipt,
     Refusal,
     Reply,
     Request,
@@ -52,7 +51,7 @@ from .contract import (
 )
 from .errors import ContractViolation, Reason
 from .study import Study
-from .wire_fields import VERSION, Fields, read_versions, short
+from .wire_fields import VERSION, Fields, read_receipt, read_versions, receipt_text, short
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, RecordDict
@@ -69,13 +68,15 @@ MESSAGE_TYPES: Final[Mapping[Kind, str]] = {
 MAX_STUDY_BYTES: Final = 256 * 1024
 MAX_STATE_BYTES: Final = 4 * 1024**3
 MAX_ARRAYS: Final = 16_384
+MAX_METRICS: Final = 1024
 
 _STYPE: Final = "fedneuro.state"
-_DTYPES: Final = frozenset({"float16", "float32", "float64", "int32", "int64", "uint64", "uint8", "bool"})
+_DTYPES: Final = frozenset(
+    {"float16", "float32", "float64", "int8", "int32", "int64", "uint8", "uint16", "uint64", "bool"}
+)
 _SITE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SHAPE: Final = re.compile(r"([0-9]{1,12}(,[0-9]{1,12}){0,7})?")
-_RECEIPT: Final = re.compile(r"[1-9][0-9]{0,14}:[0-9a-f]{16}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 _METRIC: Final = re.compile(r"[A-Za-z][A-Za-z0-9_ :.-]{0,127}")
 
@@ -135,11 +136,13 @@ def encode_request(request: Request, packed: Packed | None = None) -> "RecordDic
         "study-hash": request.study.hash,
     }
     if request.receipt is not None:
-        values["receipt"] = _receipt_text(request.receipt)
+        values["receipt"] = receipt_text(request.receipt)
     if request.signature:
         values["signature"] = request.signature.hex()
     if request.secure is not None:
         values |= wire_secure.step_values(request.kind, request.secure)
+    values |= {"held": request.held} if request.held else {}
+    values |= {} if request.threshold is None else {"threshold": float(request.threshold)}
     records: dict[str, Any] = {}
     if request.arrays is not None:
         keys, records["arrays"] = packed or pack(request.arrays)
@@ -160,7 +163,7 @@ def encode_reply(reply: Reply) -> "RecordDict":
     if isinstance(reply, HelloReply):
         values |= {"type": "hello", "role": reply.role.value, "public-size": reply.public_size}
         values |= {"versions": json.dumps(dict(reply.versions)), "has-validation": reply.has_validation}
-        values |= {"identity": reply.identity} if reply.identity else {}
+        values |= {"keeps-model": reply.keeps_model} | ({"identity": reply.identity} if reply.identity else {})
     elif isinstance(reply, TrainReply):
         values |= {"type": "train", "round": reply.round, "steps": reply.steps, "seconds": float(reply.seconds)}
         optional = {"loss": reply.loss, "epsilon": reply.epsilon, "noise-multiplier": reply.noise_multiplier}
@@ -208,7 +211,9 @@ def decode_request(content: "RecordDict") -> Request:
     study = Study.from_canonical(study_bytes, fields.match("study-hash", _HASH))
     arrays = _unpack(content, fields) if "digest" in fields else None
     signature = bytes.fromhex(fields.match("signature", _SIGNATURE)) if "signature" in fields else b""
-    number, final, receipt = fields.whole("round"), fields.take("final", bool), _receipt(fields)
+    held = fields.match("held", _HASH) if "held" in fields else ""
+    number, final, receipt = fields.whole("round"), fields.take("final", bool), read_receipt(fields)
+    threshold = fields.number("threshold") if "threshold" in fields else None
     secure = wire_secure.read_step(kind, fields) if kind in SECURE_KINDS else None
     fields.close({"request"} if arrays is None else {"request", "arrays"})
     request = Request(
@@ -216,7 +221,9 @@ def decode_request(content: "RecordDict") -> Request:
         study=study,
         round=number,
         arrays=arrays,
+        held=held,
         final=final,
+        threshold=threshold,
         receipt=receipt,
         secure=secure,
         signature=signature,
@@ -238,13 +245,17 @@ def decode_reply(content: "RecordDict") -> Reply:
 
 def _hello(_: "RecordDict", fields: Fields, site: str) -> Reply:
     role = Role(fields.choice("role", tuple(Role)))
-    size, validation = fields.whole("public-size"), fields.take("has-validation", bool)
-    versions = read_versions(fields.take("versions", str))
-    identity = wire_secure.identity(fields) if "identity" in fields else b""
-    fields.close({"reply"})
-    return HelloReply(
-        site=site, role=role, public_size=size, versions=versions, has_validation=validation, identity=identity
+    reply = HelloReply(
+        site=site,
+        role=role,
+        public_size=fields.whole("public-size"),
+        versions=read_versions(fields.take("versions", str)),
+        has_validation=fields.take("has-validation", bool),
+        keeps_model=fields.take("keeps-model", bool),
+        identity=wire_secure.identity(fields) if "identity" in fields else b"",
     )
+    fields.close({"reply"})
+    return reply
 
 
 def _train(content: "RecordDict", fields: Fields, site: str) -> Reply:
@@ -260,7 +271,7 @@ def _train(content: "RecordDict", fields: Fields, site: str) -> Reply:
         epsilon=optional["epsilon"],
         noise_multiplier=optional["noise-multiplier"],
         attempt=fields.whole("attempt") if "attempt" in fields else None,
-        receipt=_receipt(fields),
+        receipt=read_receipt(fields),
     )
     fields.close({"reply", "arrays"})
     return reply
@@ -279,7 +290,7 @@ def _masked(content: "RecordDict", fields: Fields, site: str) -> Reply:
         epsilon=fields.number("epsilon"),
         noise_multiplier=fields.number("noise-multiplier"),
         attempt=fields.whole("attempt") if "attempt" in fields else None,
-        receipt=_receipt(fields),
+        receipt=read_receipt(fields),
     )
     fields.close({"reply", "arrays"})
     return reply
@@ -292,7 +303,8 @@ def _secure(_: "RecordDict", fields: Fields, site: str, *, kind: str) -> Reply:
 
 
 def _evaluate(_: "RecordDict", fields: Fields, site: str) -> Reply:
-    names, values, patients = fields.many("metrics", str), fields.many("values", float), fields.many("patients", int)
+    names, values = fields.many("metrics", str, MAX_METRICS), fields.many("values", float, 3 * MAX_METRICS)
+    patients = fields.many("patients", int, MAX_METRICS)
     if len(set(names)) != len(names) or len(values) != 3 * len(names) or len(patients) != len(names):
         raise ContractViolation("the reply does not give each metric three numbers and a count of patients")
     estimates: dict[str, Estimate] = {}
@@ -372,19 +384,7 @@ def _layout(fields: Fields) -> tuple[list[str], list[str], list[tuple[int, ...]]
 def _charge_values(reply: TrainReply | MaskedReply) -> dict[str, Any]:
     """What a reply tells of the ledger."""
     values: dict[str, Any] = {} if reply.attempt is None else {"attempt": reply.attempt}
-    return values if reply.receipt is None else values | {"receipt": _receipt_text(reply.receipt)}
-
-
-def _receipt_text(receipt: Receipt) -> str:
-    return f"{receipt.count}:{receipt.head}"
-
-
-def _receipt(fields: Fields) -> Receipt | None:
-    """The receipt of a message, which may be absent."""
-    if "receipt" not in fields:
-        return None
-    count, _, head = fields.match("receipt", _RECEIPT).partition(":")
-    return Receipt(count=int(count), head=head)
+    return values if reply.receipt is None else values | {"receipt": receipt_text(reply.receipt)}
 
 
 def _record(content: "RecordDict", name: str) -> Mapping[str, Any]:

@@ -10,9 +10,20 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
+from .contract import Receipt
 from .errors import ContractViolation, Reason
 
-__all__ = ["MAX_ENTRIES", "MAX_TEXT", "VERSION", "Fields", "not_finite", "read_versions", "short"]
+__all__ = [
+    "MAX_ENTRIES",
+    "MAX_TEXT",
+    "VERSION",
+    "Fields",
+    "not_finite",
+    "read_receipt",
+    "read_versions",
+    "receipt_text",
+    "short",
+]
 
 VERSION: Final = 1
 """Version of this form. Both sides must speak the same."""
@@ -20,6 +31,7 @@ VERSION: Final = 1
 MAX_TEXT: Final = 512
 MAX_ENTRIES: Final = 256
 
+_RECEIPT: Final = re.compile(r"[1-9][0-9]{0,14}:[0-9a-f]{16}")
 _T = TypeVar("_T")
 
 
@@ -100,6 +112,19 @@ def not_finite(key: str, value: float) -> ContractViolation:
 def short(text: str) -> str:
     """A foreign text made safe for one log line."""
     return ascii(text[:60])
+
+
+def receipt_text(receipt: Receipt) -> str:
+    """A ledger's receipt as it travels."""
+    return f"{receipt.count}:{receipt.head}"
+
+
+def read_receipt(fields: Fields) -> Receipt | None:
+    """The receipt of a message, which may be absent."""
+    if "receipt" not in fields:
+        return None
+    count, _, head = fields.match("receipt", _RECEIPT).partition(":")
+    return Receipt(count=int(count), head=head)
 
 
 def read_versions(text: str) -> dict[str, str]:

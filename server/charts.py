@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 __all__ = ["STRONG_COLOURS", "WEAK_COLOURS", "DotRow", "Mark", "Series", "Shape", "dot_plot", "line_chart"]
 
-Shape = Literal["dot", "diamond", "square", "triangle"]
+Shape = Literal["dot", "diamond", "square", "triangle", "down", "tall", "flat"]
 
 WEAK_COLOURS: Final = ("#1f5fa8", "#0b7a62", "#7a4fa3", "#806200", "#3a8fbf", "#5b6675")
 STRONG_COLOURS: Final = ("#c8440b", "#a81c62", "#7d2a00")
@@ -32,6 +32,9 @@ OUTLINES: Final = {
     "diamond": ((0, -6), (6, 0), (0, 6), (-6, 0)),
     "square": ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)),
     "triangle": ((0, -6), (5.5, 4.5), (-5.5, 4.5)),
+    "down": ((0, 6), (5.5, -4.5), (-5.5, -4.5)),
+    "tall": ((-2.5, -6), (2.5, -6), (2.5, 6), (-2.5, 6)),
+    "flat": ((-6, -2.5), (6, -2.5), (6, 2.5), (-6, 2.5)),
 }
 
 
@@ -262,7 +265,7 @@ def _mark(mark: Mark, x_axis: _Scale, y: float, colour: str) -> list[Markup]:
         close = Markup("</circle>")
     else:
         points = " ".join(f"{x + right:.1f},{y + down:.1f}" for right, down in OUTLINES[mark.shape])
-        shape = Markup('<polygon points="{}" fill="#fff" stroke="#39424e" stroke-width="1.6">').format(points)
+        shape = Markup('<polygon points="{}" class="hollow">').format(points)
         close = Markup("</polygon>")
     return [*parts, shape + Markup("<title>{}</title>").format(mark.note) + close]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..privacy.exits import run_command
-from . import cli_consortium
+from . import cli_consortium, cli_dashboard, cli_data, cli_release, cli_runs
 
 __all__ = ["app", "main"]
 
@@ -61,21 +61,18 @@ def schema() -> None:
 
 @app.command()
 def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, finished or not.")]) -> None:
-    """Write results.json and report.html of a run from its saved state, also after a crash."""
-    from .report import write_report
-    from .results import write_results
-    from .store import RunStore
+    """Write results, report and signed manifest of a run from its saved state, also after a crash."""
+    from .outcome import write_outcome
 
-    store = RunStore.load(out)
-    try:
-        results = write_results(store)
-    finally:
-        store.close()
-    write_report(results, out / "report.html")
+    write_outcome(out)
     print(out / "report.html")
 
 
 cli_consortium.register(app)
+cli_runs.register(app)
+cli_data.register(app)
+cli_dashboard.register(app)
+cli_release.register(app)
 
 
 def main() -> None:

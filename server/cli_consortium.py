@@ -184,8 +184,13 @@ def rotate(
     print("new server certificate; stop and start the coordinator to use it (hospitals need do nothing)")
 
 
-def start(config: Folder = HERE, passphrase_file: PassphraseFile = None, passphrase_fd: PassphraseFd = None) -> None:
-    """Run the coordinator until stopped: SuperLink, ServerApp runner, guard and enrolment service."""
+def start(
+    config: Folder = HERE,
+    passphrase_file: PassphraseFile = None,
+    passphrase_fd: PassphraseFd = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard", help="A web page on this machine.")] = True,
+) -> None:
+    """Run the coordinator until stopped: SuperLink, ServerApp runner, guard, enrolment service and dashboard."""
     from .consortium import Consortium
     from .supervisor import Supervisor, serve
 
@@ -200,10 +205,15 @@ def start(config: Folder = HERE, passphrase_file: PassphraseFile = None, passphr
         print(f"consortium {consortium.name} is up; stop it with Ctrl-C", flush=True)
         print(f"  hospitals: {settings.outer(settings.ports.guard)}, enrolment {settings.ports.enrolment}", flush=True)
         print(f"  bundle {supervisor.bundle[:12]}; logs in {consortium.folder / 'logs'}", flush=True)
+        if dashboard:
+            web = settings.dashboard
+            here = web.listen.startswith("127.")
+            address = f"http://{web.listen}:{web.port}/" if here else f"https://{settings.outer(web.port)}/"
+            print(f"  dashboard {address}", flush=True)
         if not settings.guard.nginx:
             print("  no guard is started: run nginx with `fedneuro-server proxy nginx` yourself", flush=True)
 
-    serve(consortium, issuer, ready)
+    serve(consortium, issuer, ready, dashboard=dashboard)
 
 
 def proxy(

@@ -23,6 +23,10 @@
     [state]
     url = "sqlite:///state.db"         # or postgresql+psycopg://USER@HOST/NAME; paths are relative to this file
 
+    [dashboard]
+    port = 8450                        # for a browser
+    listen = "127.0.0.1"               # another address: TLS with the server's certificate, and a password, are asked
+
 There is no key that turns TLS, node authentication or process isolation off.
 """
 
@@ -87,6 +91,13 @@ class StatePart(_Part):
     url: Annotated[str, Field(min_length=1, max_length=4096)] = "sqlite:///state.db"
 
 
+class DashboardPart(_Part):
+    """The coordinator's web page."""
+
+    port: Port = 8450
+    listen: Annotated[str, Field(pattern=r"^[0-9.]{7,15}$")] = "127.0.0.1"
+
+
 class ServerSettings(_Part):
     """A whole ``server.toml``."""
 
@@ -95,6 +106,13 @@ class ServerSettings(_Part):
     ports: PortsPart = Field(default_factory=PortsPart)
     guard: GuardPart = Field(default_factory=GuardPart)
     state: StatePart = Field(default_factory=StatePart)
+    dashboard: DashboardPart = Field(default_factory=DashboardPart)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dashboard.port in self.ports.model_dump().values():
+            raise ValueError("dashboard.port is one of the four ports in [ports]; it needs one of its own")
+        return self
 
     def outer(self, port: int) -> str:
         """``host:port`` as a hospital writes it."""

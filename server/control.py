@@ -7,13 +7,24 @@ list`` and ``flwr run`` send; those commands take two seconds each to start.
 
 import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 
 from ..privacy.errors import EnvironmentProblem
 
-__all__ = ["Control"]
+__all__ = ["Control", "NodeState"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """A node as the SuperLink sees it; ``heard``: its last heartbeat or its end, in seconds since 1970, 0: never."""
+
+    name: str
+    online: bool
+    heard: float
 
 
 class Control:
@@ -73,6 +84,21 @@ class Control:
         from flwr.proto.control_pb2 import ListNodesRequest
 
         return {node.name for node in self._client.ListNodes(ListNodesRequest()).nodes_info if node.status == "online"}
+
+    def nodes(self) -> list[NodeState]:
+        """Every node that is registered, and when it was last heard of."""
+        from flwr.common.constant import HEARTBEAT_PATIENCE
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        found = []
+        for node in self._client.ListNodes(ListNodesRequest()).nodes_info:
+            ended = node.last_deactivated_at
+            heard = datetime.fromisoformat(ended).timestamp() if ended else 0.0
+            if node.status == "online":  # Flower keeps until when it believes this, not when it heard it
+                heard = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+            if node.status != "unregistered":
+                found.append(NodeState(node.name, node.status == "online", heard))
+        return found
 
     def start_run(self, bundle: bytes, settings: Mapping[str, str | int]) -> int:
         """Submit a run of ``bundle`` with these settings; returns its id.

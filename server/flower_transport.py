@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 
 import httpx
 from flwr.app import Message
@@ -65,6 +66,7 @@ class FlowerTransport:
         grid: Flower's Grid, as the ServerApp gets it.
         nodes: gives the node id of each site that can be asked; :func:`registered_nodes` by default.
         check: is called between two looks for replies, and may raise to end the exchange.
+        cut: is asked between two looks when, by the monotonic clock, the exchange is to end early.
     """
 
     def __init__(
@@ -72,14 +74,20 @@ class FlowerTransport:
         grid: Grid,
         nodes: Callable[[Grid], Mapping[str, int]] = registered_nodes,
         check: Callable[[], None] = lambda: None,
+        cut: Callable[[], float] = lambda: inf,
     ) -> None:
         self._grid = grid
         self._nodes = nodes
         self._check = check
+        self._cut = cut
 
     def sites(self) -> list[str]:
-        """Names of the nodes that are online, sorted."""
-        return sorted(self._nodes(self._grid))
+        """Names of the nodes that are online, sorted; none while the SuperLink cannot be reached."""
+        try:
+            return sorted(self._nodes(self._grid))
+        except httpx.HTTPError as error:
+            _log.error("the SuperLink cannot be reached: %s: %s", type(error).__name__, error)
+            return []
 
     def exchange(self, requests: Mapping[str, Request], timeout: float) -> Iterator[Reply]:
         """Send each site its request and yield one reply per site, as they arrive; seconds of patience."""
@@ -91,7 +99,7 @@ class FlowerTransport:
                 yield _refusal(site, requests[site], Reason.LOST)
             # One request per look, at one message: replies are fetched singly, and many sites cost no more looks.
             queue, pace = deque(pending), Pace(shortest=0.05, longest=0.25)
-            while queue and time.monotonic() < deadline:
+            while queue and time.monotonic() < min(deadline, self._cut()):
                 self._check()
                 message = next(iter(self._grid.pull_messages([queue[0]])), None)
                 if message is None:

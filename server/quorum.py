@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it means that too few hospitals answered: a refusal if their policies or budgets said no, else a lost quorum."""
+"""The quorum rule, and what it means that too few hospitals answered.
+
+It is a refusal if all who did not answer said no by their policies or budgets, else a lost quorum.
+"""
 
 from collections.abc import Mapping
 
 from ..privacy.errors import FedNeuroError, QuorumLost, Reason, Refused
+from ..privacy.study import Study
 
-__all__ = ["shortfall"]
+__all__ = ["needed", "require", "shortfall"]
 
 _SAID_NO = frozenset(
     {
@@ -13,6 +17,21 @@ _SAID_NO = frozenset(
         Reason.LEDGER_DISTRUSTED, Reason.LEDGER_ROLLED_BACK, Reason.ACCOUNTING_DISAGREES,
     }
 )  # fmt: skip
+
+
+def needed(study: Study, asked: int) -> int:
+    """How many of ``asked`` training sites must answer: ``strategy.min_sites``, or all of them; one at the least."""
+    return min(study.strategy.min_sites or asked, asked) or 1
+
+
+def require(study: Study, answered: int, asked: int, refusals: Mapping[str, Reason], doing: str) -> None:
+    """Hold the quorum rule.
+
+    Raises:
+        QuorumLost, Refused: see :func:`shortfall`.
+    """
+    if answered < needed(study, asked):
+        raise shortfall(answered, asked, needed(study, asked), refusals, doing)
 
 
 def shortfall(answered: int, asked: int, needed: int, refusals: Mapping[str, Reason], doing: str) -> FedNeuroError:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..privacy.errors import EnvironmentProblem, StateError
 from .report_view import build_view
 
-__all__ = ["write_report"]
+__all__ = ["render", "write_page", "write_report"]
 
 SCHEMA_VERSION: Final = 1
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
@@ -46,7 +46,15 @@ def write_report(
         )
     view = build_view(results)
     order = [*view["heldout"], *view["training"]]
-    page = _template().render(**view, previews=_pictures(previews or {}, order))
+    write_page(path, render("report.html", **view, previews=_pictures(previews or {}, order)))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Replace a file in one step.
+
+    Raises:
+        EnvironmentProblem: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +66,8 @@ def write_report(
         ) from error
 
 
-def _template() -> Any:
+def render(template: str, **view: Any) -> str:
+    """A page from one of the templates; every value of ``view`` is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -66,7 +75,8 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    page: str = environment.get_template(template).render(**view)
+    return page
 
 
 def _pictures(

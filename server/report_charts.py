@@ -9,13 +9,15 @@ from markupsafe import Markup
 
 from .charts import STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, Shape, dot_plot, line_chart
 from .report_start import start_of, start_title
-from .report_words import Json, curve_metric, is_mm, metric_name, number, with_interval
+from .report_words import Json, curve_metric, is_unbounded, metric_name, number, unit_of, with_interval
 
-__all__ = ["dot_shapes", "dots_chart", "metric_curve", "train_curve"]
+__all__ = ["AXES", "COMPARED", "along", "dot_shapes", "dots_chart", "metric_curve", "train_curve"]
 
 DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")
 MOST_COLOURED: Final = len(WEAK_COLOURS)
-COMPARED: Final[tuple[tuple[Shape, str], ...]] = (("square", "□"), ("triangle", "△"))
+COMPARED: Final[tuple[tuple[Shape, str], ...]] = (
+    ("square", "□"), ("triangle", "△"), ("down", "▽"), ("tall", "▯"), ("flat", "▭"),
+)  # fmt: skip
 """Shapes of the comparators in turn, and the characters that stand for them in the legend."""
 
 
@@ -43,8 +45,10 @@ def dots_chart(
         rows.append(DotRow(name=name, marks=marks, strong=site["role"] == "heldout"))
     if not any(row.marks for row in rows):
         return None
-    title = metric_name(main) + (" in mm" if is_mm(main) else "")
-    return dot_plot(rows, label=f"{title} of each hospital", x_title=title, x_range=None if is_mm(main) else (0.0, 1.0))
+    title = _with_unit(main)
+    return dot_plot(
+        rows, label=f"{title} of each hospital", x_title=title, x_range=None if is_unbounded(main) else (0.0, 1.0)
+    )
 
 
 def dot_shapes(results: Json, comparators: Sequence[tuple[str, Json]], main: str) -> list[tuple[str, str]]:
@@ -55,22 +59,50 @@ def dot_shapes(results: Json, comparators: Sequence[tuple[str, Json]], main: str
     return shapes + [(sign, title) for (title, _), (_, sign) in zip(comparators, cycle(COMPARED), strict=False)]
 
 
-def metric_curve(results: Json, training: Sequence[str], heldout: Sequence[str], main: str) -> Markup | None:
-    """The headline metric of each hospital by round; None with fewer than two evaluated rounds."""
+AXES: Final = {"round": "round", "seconds": "seconds of computing", "bytes": "MB sent and received"}
+"""What a curve may run along, and its title."""
+
+
+def along(rounds: Sequence[Json], axis: str) -> list[float]:
+    """Place of each round on an axis: its number, or what was used up to its end."""
+    if axis == "round":
+        return [float(record["round"]) for record in rounds]
+    used, places = 0.0, []
+    for record in rounds:
+        if axis == "seconds":
+            used += record["seconds"]
+        else:
+            used += record.get("bytes", record.get("bytes_down", 0) + record.get("bytes_up", 0)) / 1e6
+        places.append(used)
+    return places
+
+
+def metric_curve(
+    results: Json, training: Sequence[str], heldout: Sequence[str], main: str, axis: str = "round"
+) -> Markup | None:
+    """The headline metric of each hospital along an axis; None with fewer than two evaluated rounds."""
     key = curve_metric(results, main)
+    places = along(results["rounds"], axis)
+    by_round = {record["round"]: place for record, place in zip(results["rounds"], places, strict=True)}
     series = []
     for name in [*training, *heldout]:
-        found = [(r["round"], r["metrics"][name][key]) for r in results["rounds"] if key in r["metrics"].get(name, {})]
+        found = [
+            (by_round[r["round"]], r["metrics"][name][key])
+            for r in results["rounds"]
+            if key in r["metrics"].get(name, {})
+        ]
         strong = name in heldout
         look = _look(name, heldout if strong else training, strong=strong)
         band = [(at, *estimate["ci95"]) for at, estimate in found] if strong else []
         series.append(Series(name=name, points=[(n, e["mean"]) for n, e in found], band=band, **look))
     if max((len(line.points) for line in series), default=0) < 2:
         return None
-    title = metric_name(key) + (" in mm" if is_mm(key) else "")
-    marker = (results["selected_round"], f"selected: {results['selected_round']}")
-    y_range = None if is_mm(key) else (0.0, 1.0)
-    return line_chart(series, label=f"{title} by round", x_title="round", y_title=title, y_range=y_range, marker=marker)
+    title = _with_unit(key)
+    selected = results["selected_round"]
+    marker = (by_round[selected], f"selected: {selected}") if selected in by_round else None
+    y_range = None if is_unbounded(key) else (0.0, 1.0)
+    label = f"{title} by {AXES[axis]}"
+    return line_chart(series, label=label, x_title=AXES[axis], y_title=title, y_range=y_range, marker=marker)
 
 
 def train_curve(results: Json, training: Sequence[str], key: str, title: str) -> Markup | None:
@@ -85,6 +117,10 @@ def train_curve(results: Json, training: Sequence[str], key: str, title: str) ->
     budget = results["effective_study"].get("privacy", {}).get("epsilon") if key == "epsilon" else None
     rule = (float(budget), f"budget {budget:g}") if budget else None
     return line_chart(series, label=f"{title} by round", x_title="round", y_title=title, rule=rule)
+
+
+def _with_unit(key: str) -> str:
+    return metric_name(key) + (f" in {unit_of(key)}" if unit_of(key) else "")
 
 
 def _look(name: str, group: Sequence[str], *, strong: bool) -> dict[str, Any]:

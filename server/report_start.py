@@ -8,7 +8,7 @@ patients, which do not leave a hospital; so the 95 % intervals decide, which is 
 
 from collections.abc import Sequence
 
-from .report_words import Json, is_mm, metric_name, with_interval
+from .report_words import Json, less_is_better, metric_name, with_interval
 
 __all__ = ["start_of", "start_title", "verdicts"]
 
@@ -40,7 +40,7 @@ def verdicts(results: Json, names: Sequence[str], key: str) -> list[str]:
         own, start = results["sites"][name]["metrics"].get(key), start_of(results["sites"][name]).get(key)
         if not own or not start:
             continue
-        sign = -1.0 if is_mm(key) else 1.0
+        sign = -1.0 if less_is_better(key) else 1.0
         (low, high), (start_low, start_high) = own["ci95"], start["ci95"]
         apart = low > start_high if sign > 0 else high < start_low
         both = (

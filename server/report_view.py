@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..privacy.errors import Reason
-from .report_charts import dot_shapes, dots_chart, metric_curve, train_curve
+from .report_charts import AXES, dot_shapes, dots_chart, metric_curve, train_curve
+from .report_checklists import checklists
+from .report_evidence import evidence_view
+from .report_groups import calibration, failures, groups
 from .report_start import start_of, start_title, verdicts
 from .report_words import (
     EXPLAINED,
@@ -18,15 +21,16 @@ from .report_words import (
     duration_text,
     epsilon_text,
     interval_text,
-    is_mm,
+    less_is_better,
     main_metric,
     metric_keys,
     metric_name,
     number,
+    unit_of,
     with_interval,
 )
 
-__all__ = ["build_view"]
+__all__ = ["build_view", "study_text"]
 
 NOT_REPORTED: Final = "not reported"
 
@@ -65,9 +69,42 @@ def build_view(results: Json) -> dict[str, Any]:
         "reasons": _reasons(results["rounds"]),
         "privacy": _privacy(results["privacy"], training),
         "explained": [EXPLAINED[key] for key in EXPLAINED if key in metric_keys(results)],
-        "study_text": [(section, _toml(values)) for section, values in results["effective_study"].items()],
+        "study_text": study_text(results["effective_study"]),
+        "other_curves": [
+            (f"{metric_name(curve_metric(results, main))} by {words}", curve)
+            for axis, words in AXES.items()
+            if axis != "round" and (curve := metric_curve(results, training, heldout, main, axis))
+        ],
+        "evidence": evidence_view(results.get("evidence")),
+        "sections": _sections(results, heldout),
+        "groups": groups(results, [*heldout, *training]),
+        "calibration": calibration(results, [*heldout, *training]),
+        "failed": failures(results, [*heldout, *training]),
+        "checklists": checklists(results),
         "duration": duration_text(results["seconds"]),
     }
+
+
+def _sections(results: Json, heldout: Sequence[str]) -> list[tuple[str, str]]:
+    """Anchors of the page and their names, in order."""
+    found: Json = results.get("evidence") or {}
+    there = {
+        "heldout": bool(heldout), "odd": bool(found.get("notes") or found.get("failures")),
+        "gap": bool(found.get("gap")),
+        "comparators": bool(found.get("comparisons")), "matrix": len(found.get("matrix", {}).get("rows", ())) > 1,
+        "strata": bool(found.get("strata")), "seeds": bool(found.get("seeds")), "scores": bool(found.get("scores")),
+        "charts": len(results["rounds"]) > 1,
+        "groups": any(site.get("strata") or site.get("lesion_sizes") for site in results["sites"].values()),
+        "calibration": any(site.get("reliability") for site in results["sites"].values()),
+    }  # fmt: skip
+    names = (
+        ("heldout", "held out"), ("odd", "missing or odd"), ("cohort", "cohort"), ("training", "trained"),
+        ("gap", "gap"), ("comparators", "comparisons"), ("matrix", "matrix"), ("strata", "groups"),
+        ("groups", "groups by hospital"), ("calibration", "calibration"), ("seeds", "seeds"),
+        ("scores", "all metrics"), ("charts", "charts"), ("privacy", "privacy"), ("rounds", "rounds"),
+        ("provenance", "provenance"), ("checklists", "checklists"),
+    )  # fmt: skip
+    return [(anchor, text) for anchor, text in names if there.get(anchor, True)]
 
 
 def _comparator(entry: Json) -> tuple[str, Json]:
@@ -96,7 +133,7 @@ def _missing(results: Json, name: str, key: str) -> str:
     if not site["metrics"]:
         state = site.get("state", "answered")
         return f"{NOT_REPORTED}: the hospital returned no metric" if state == "answered" else f"{NOT_REPORTED}: {state}"
-    if is_mm(key):
+    if unit_of(key):
         if results["status"] != "complete":
             return f"{NOT_REPORTED}: computed at the end of a run"
         return f"{NOT_REPORTED}: voxel size unknown"
@@ -158,7 +195,7 @@ def _gap(sites: Json, training: Sequence[str], heldout: Sequence[str]) -> list[d
             continue
         difference = outside - inside
         # For distances more is worse.
-        better = difference < 0 if is_mm(key) else difference > 0
+        better = difference < 0 if less_is_better(key) else difference > 0
         rows.append(
             {
                 "metric": metric_name(key), "training": number(key, inside), "heldout": number(key, outside),
@@ -231,6 +268,11 @@ def _privacy(privacy: Json, training: Sequence[str]) -> dict[str, Any]:
 
 def _worst(spent: Mapping[str, float]) -> str:
     return epsilon_text(max(spent.values())) if spent else ""
+
+
+def study_text(effective: Json) -> list[tuple[str, str]]:
+    """The sections of a study as text in TOML's notation."""
+    return [(section, _toml(values)) for section, values in effective.items()]
 
 
 def _toml(values: Json) -> str:

@@ -13,24 +13,44 @@ __all__ = [
     "duration_text",
     "epsilon_text",
     "interval_text",
-    "is_mm",
+    "is_unbounded",
+    "less_is_better",
     "main_metric",
+    "metric_base",
     "metric_keys",
     "metric_name",
     "number",
+    "unit_of",
     "with_interval",
 ]
 
 Json = Mapping[str, Any]
 """A part of ``results.json``."""
 
-METRIC_NAMES: Final = {"dice": "Dice", "hd95": "HD95", "accuracy": "Accuracy", "auroc": "AUROC"}
+METRIC_NAMES: Final = {
+    "dice": "Dice", "nsd": "NSD", "hd95": "HD95", "volume_difference": "Volume difference", "lesion_f1": "Lesion F1",
+    "lesion_sensitivity": "Lesion sensitivity", "false_positives": "False-positive lesions",
+    "lesion_count_difference": "Lesion count difference", "lesion_dice": "Lesion-wise Dice",
+    "lesion_hd95": "Lesion-wise HD95", "accuracy": "Accuracy", "auroc": "AUROC", "auprc": "AUPRC",
+    "sensitivity": "Sensitivity", "specificity": "Specificity", "brier": "Brier score", "ece": "ECE",
+}  # fmt: skip
 EXPLAINED: Final = {
     "dice": "Dice: overlap of prediction and truth over a patient's whole volume, 0 to 1, higher is better",
+    "nsd": "NSD: share of the two outlines that lie within the tolerance of each other, 0 to 1, higher is better",
     "hd95": "HD95: 95th percentile of the distance between the two outlines, in mm, lower is better",
+    "volume_difference": "Volume difference: between predicted and true volume, in ml, lower is better",
+    "lesion_f1": "Lesion F1: agreement on which lesions there are, 0 to 1, higher is better",
+    "lesion_sensitivity": "Lesion sensitivity: share of true lesions that are found, higher is better",
+    "false_positives": "False-positive lesions: predicted ones that meet no true one, per patient, lower is better",
     "accuracy": "Accuracy: share of patients whose class is right",
     "auroc": "AUROC: chance that a patient of a class is ranked above one of another class; 0.5 is guessing",
+    "auprc": "AUPRC: precision averaged over recall; guessing gives the share of positives",
+    "brier": "Brier score: mean squared error of probabilities, lower is better",
+    "ece": "ECE: mean difference between confidence and accuracy over bins, lower is better",
 }
+UNITS: Final = {"hd95": "mm", "lesion_hd95": "mm", "volume_difference": "ml"}
+COUNTS: Final = frozenset({"false_positives", "lesion_count_difference"})
+LESS_IS_BETTER: Final = frozenset({*UNITS, *COUNTS, "brier", "ece"})
 
 
 PROTECTS_AGAINST: Final = {
@@ -41,20 +61,37 @@ PROTECTS_AGAINST: Final = {
 """Against whom each private mode protects a patient."""
 
 
+def metric_base(key: str) -> str:
+    """``lesion_f1_core`` → ``lesion_f1``: the metric without the name of a label."""
+    known = [name for name in METRIC_NAMES if key == name or key.startswith(f"{name}_")]
+    return max(known, key=len, default=key.partition("_")[0])
+
+
 def metric_name(key: str) -> str:
     """``dice_anterior`` → "Dice, anterior"."""
-    base, _, label = key.partition("_")
+    base = metric_base(key)
+    label = key.removeprefix(base).removeprefix("_")
     return METRIC_NAMES.get(base, base) + (f", {label}" if label else "")
 
 
-def is_mm(key: str) -> bool:
-    """Whether a metric is a distance in mm, for which less is better."""
-    return key.startswith("hd95")
+def less_is_better(key: str) -> bool:
+    """Whether a smaller value of a metric is better."""
+    return metric_base(key) in LESS_IS_BETTER
+
+
+def is_unbounded(key: str) -> bool:
+    """Whether a metric is a distance, a volume or a count, and not a number from 0 to 1."""
+    return metric_base(key) in UNITS or metric_base(key) in COUNTS
+
+
+def unit_of(key: str) -> str:
+    """``mm``, ``ml`` or an empty text."""
+    return UNITS.get(metric_base(key), "")
 
 
 def number(key: str, value: float) -> str:
     """``0.61``, or ``4.2 mm`` for a distance."""
-    return f"{value:.1f} mm" if is_mm(key) else f"{value:.2f}"
+    return f"{value:.1f} {unit_of(key)}".rstrip() if is_unbounded(key) else f"{value:.2f}"
 
 
 def with_interval(key: str, estimate: Json | None) -> str:
@@ -67,7 +104,7 @@ def with_interval(key: str, estimate: Json | None) -> str:
 def interval_text(key: str, estimate: Json) -> str:
     """``0.55–0.67``: the 95 % interval of an estimate."""
     low, high = estimate["ci95"]
-    return f"{low:.1f}–{high:.1f}" if is_mm(key) else f"{low:.2f}–{high:.2f}"
+    return f"{low:.1f}–{high:.1f}" if is_unbounded(key) else f"{low:.2f}–{high:.2f}"
 
 
 def epsilon_text(value: float) -> str:
@@ -90,6 +127,7 @@ def metric_keys(results: Json) -> list[str]:
         ["accuracy", "auroc"] if classification else ["dice", "hd95"]
     )
     found = {key for site in results["sites"].values() for key in site["metrics"]}
+    wanted = [key for key in wanted if key != "reliability"]  # a curve
     return [*wanted, *sorted(found - set(wanted))]
 
 

@@ -12,8 +12,10 @@ from ..models.state import digest, save_arrays
 from ..privacy.accounting import NEIGHBOURS
 from ..privacy.budget import site_delta
 from ..privacy.contract import Role
+from .report_evidence import read_evidence
 from .report_words import PROTECTS_AGAINST
-from .rounds import select_round, training_value
+from .selection import select_round, training_value
+from .site_results import site_results
 from .store import RunStore, dumps
 
 __all__ = ["RESULTS_VERSION", "build_results", "write_results"]
@@ -66,9 +68,9 @@ def build_results(store: RunStore) -> dict[str, Any]:
             name: {
                 "role": site.role,
                 "public_size": site.public_size,
-                "metrics": metrics.get(name, {}),
-                "untrained": {} if study.training.init.source else start.get(name, {}),
-                "start": start.get(name, {}),
+                **site_results(metrics.get(name, {})),
+                "untrained": {} if study.training.init.source else site_results(start.get(name, {}))["metrics"],
+                "start": site_results(start.get(name, {}))["metrics"],
                 "state": site.state,
             }
             for name, site in sites.items()
@@ -82,6 +84,7 @@ def build_results(store: RunStore) -> dict[str, Any]:
         ],
         "privacy": _privacy(store),
         "comparators": store.comparators(),
+        "evidence": read_evidence(store.out),
         "versions": seen,
         "seconds": sum(r.seconds for r in rounds),
     }  # fmt: skip

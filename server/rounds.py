@@ -16,16 +16,15 @@ goes on while ``strategy.min_sites`` sites answer, and otherwise ends with :clas
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from typing import Any
 
-from ..models.metrics import higher_is_better
 from ..privacy.contract import (
     Arrays,
     Estimate,
     EvaluateReply,
-    HelloReply,
-    KeysReply,
     Kind,
     MaskedReply,
     Receipt,
@@ -33,24 +32,29 @@ from ..privacy.contract import (
     Reply,
     Request,
     Role,
-    SharesReply,
     TrainReply,
     Transport,
-    UnmaskReply,
     check_arrays,
     payload_bytes,
     shapes_of,
 )
-from ..privacy.errors import ContractViolation, FedNeuroError, Reason, StudyError
+from ..privacy.errors import ContractViolation, EnvironmentProblem, FedNeuroError, Reason, StateError
 from ..privacy.secagg.grid import check_sites
 from ..privacy.study import Study
+from .attendance import answers, missing_since, note_states
+from .conduct import Conduct, Turns, may_return
+from .downlink import Downlink
+from .ema import average
 from .events import Event, Observer
-from .quorum import shortfall
+from .joining import Joining
+from .quorum import needed, require
 from .secure_rounds import SecureRounds
+from .selection import final_threshold, select_round
 from .start import initial_arrays, start_arrays
 from .store import RoundRecord, RunStore, SiteRecord
 from .strategies import Strategy, build_strategy
 from .strategies.pooled import PooledStep
+from .uplink import Uplink
 
 __all__ = ["Coordinator", "estimate_json", "initial_arrays", "run_study"]
 
@@ -60,12 +64,22 @@ def estimate_json(estimate: Estimate) -> dict[str, object]:
     return {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "n": estimate.n}
 
 
-def run_study(study: Study, transport: Transport, store: RunStore, observer: Observer) -> None:
+def run_study(
+    study: Study, transport: Transport, store: RunStore, observer: Observer, conduct: Conduct | None = None
+) -> None:
     """Run ``study`` over ``transport`` to its end, or on from where ``store`` stands.
+
+    Args:
+        study: the study.
+        transport: how sites are reached.
+        store: where the run is saved.
+        observer: takes events, after they are saved.
+        conduct: whom to expect, and how long to wait; by default those that are there, each asked once.
 
     Raises:
         StudyError: the study names sites that are not there, or leaves none to train.
         QuorumLost, Refused: too few sites answered; the saved state can be resumed.
+        EnvironmentProblem: the disk is full, for example; what was saved is whole.
     """
 
     def tell(event: Event) -> None:
@@ -73,27 +87,38 @@ def run_study(study: Study, transport: Transport, store: RunStore, observer: Obs
         observer(event)
 
     try:
-        Coordinator(study, transport, store, tell).run()
+        Coordinator(study, transport, store, tell, conduct).run()
     except FedNeuroError as error:
-        tell(Event(kind="failed", values={"error": type(error).__name__, "message": str(error)}))
+        failed = Event(kind="failed", values={"error": type(error).__name__, "message": str(error)})
+        with suppress(EnvironmentProblem):  # a full disk takes no event either; the error itself must get out
+            store.record(failed)
+        observer(failed)
         raise
 
 
 class Coordinator:
     """One run. See the module's text for its steps."""
 
-    def __init__(self, study: Study, transport: Transport, store: RunStore, tell: Observer) -> None:
+    def __init__(
+        self, study: Study, transport: Transport, store: RunStore, tell: Observer, conduct: Conduct | None = None
+    ) -> None:
         self._study = study
-        self._transport = transport
+        self._conduct = conduct or Conduct()
+        self._transport = Downlink(transport)
         self._store = store
         self._tell = tell
+        self._turns = Turns(self._conduct, transport.sites, tell)
         self._secure: SecureRounds | None = None
-        self._strategy: Strategy | PooledStep = build_strategy(study.strategy)
+        self._strategy: Strategy | PooledStep = build_strategy(study)
         if study.privacy.mode == "distributed":
             self._strategy = PooledStep(study)
-            self._secure = SecureRounds(study, self._strategy, self._exchange, self._refused, self._trained)
+            back = self._turns.until_back
+            self._secure = SecureRounds(study, self._strategy, self._exchange, self._refused, self._trained, back)
         self._sites: dict[str, SiteRecord] = {}
         self._identities: dict[str, bytes] = {}
+        self._joining = Joining(
+            study, self._conduct, transport.sites, lambda sites: self._ask("hello", sites, 0), self._refused, tell
+        )
         self._receipts: dict[str, Receipt] = {}
 
     def run(self) -> None:
@@ -102,57 +127,34 @@ class Coordinator:
             return
         self._join()
         record, groups = self._restore()
-        first = record.round + 1
-        values = {
-            "sites": {n: s.role for n, s in self._sites.items()},
-            "rounds": self._study.training.rounds,
-            "first_round": first,
-        }
+        first, rounds = record.round + 1, self._study.training.rounds
+        values = {"sites": {n: s.role for n, s in self._sites.items()}, "rounds": rounds, "first_round": first}
         self._tell(Event(kind="started", round=record.round, values=values))
-        for number in range(first, self._study.training.rounds + 1):
+        for number in range(first, rounds + 1):
+            self._conduct.check_between()
+            self._let_in(number)
             groups = self._round(number, groups)
         self._finish()
 
     # -- step 1 ----------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        names = self._transport.sites()
-        heldout = set(self._study.evaluation.heldout)
-        if unknown := sorted(heldout - set(names)):
-            raise StudyError(
-                f"evaluation.heldout names {', '.join(unknown)}; the sites are {', '.join(names) or 'none'}"
-            )
-        if not set(names) - heldout:
-            raise StudyError(f"no site is left to train: evaluation.heldout names all of {', '.join(names) or 'none'}")
-        refusals: dict[str, Reason] = {}
-        for reply in self._ask("hello", names, 0):
-            if isinstance(reply, Refusal):
-                refusals[reply.site] = reply.reason
-            elif isinstance(reply, HelloReply):
-                wanted = Role.HELDOUT if reply.site in heldout else Role.TRAIN
-                if reply.role is not wanted:
-                    refusals[reply.site] = Reason.ROLE_REFUSED
-                    self._refused(Refusal(site=reply.site, kind="hello", round=0, reason=Reason.ROLE_REFUSED))
-                    continue
-                self._identities |= {reply.site: reply.identity} if wanted is Role.TRAIN else {}
-                self._sites[reply.site] = SiteRecord(
-                    role=reply.role.value, public_size=reply.public_size, versions=dict(reply.versions)
-                )
-        self._sites = dict(sorted(self._sites.items()))
-        self._require(self._training(), [n for n in names if n not in heldout], refusals, "to join")
+        saved = self._store.rounds()
+        self._joining.open(self._store.sites(), saved[-1].round + 1 if saved else 1)
+        self._identities = self._joining.identities
+        self._sites = self._joining.sites
         if self._secure:
-            check_sites(len(self._training()), self._study.privacy.tolerate)
+            check_sites(len(self._identities), self._study.privacy.tolerate)
         self._store.set_sites(self._sites)
+
+    def _let_in(self, number: int) -> None:
+        """Sites that could not answer when the run began join now; a roster of secure aggregation stays as it is."""
+        if self._conduct.sites and not self._secure and self._joining.late(number):
+            self._sites = self._joining.sites
+            self._store.set_sites(self._sites)
 
     def _training(self) -> list[str]:
         return [n for n, s in self._sites.items() if s.role == Role.TRAIN.value]
-
-    def _require(self, answered: list[str], asked: list[str], refusals: Mapping[str, Reason], doing: str) -> None:
-        """The quorum rule: ``min_sites``, or every site that was asked."""
-        needed = min(self._study.strategy.min_sites or len(asked), len(asked)) or 1
-        if len(answered) >= needed:
-            return
-        raise shortfall(len(answered), len(asked), needed, refusals, doing)
 
     # -- steps 2 and 3 ---------------------------------------------------------------------------------
 
@@ -164,8 +166,7 @@ class Coordinator:
             groups: Mapping[str, Arrays] = start_arrays(self._study, self._store)
             self._store.save_round(record, groups)
         else:
-            record = rounds[-1]
-            groups = self._store.groups(record.round)
+            record, groups = self._last_whole(rounds)
             self._strategy.load_state(
                 {k.removeprefix("strategy."): v for k, v in groups.items() if k.startswith("strategy.")}
             )
@@ -174,6 +175,20 @@ class Coordinator:
         if not self._store.is_evaluated(record.round):
             self._evaluate(record, groups)
         return record, groups
+
+    def _last_whole(self, rounds: list[RoundRecord]) -> tuple[RoundRecord, Mapping[str, Arrays]]:
+        """The last round whose saved arrays are whole: the last, or the one before it, which is kept for this."""
+        last = rounds[-1].round
+        try:
+            return rounds[-1], self._store.groups(last)
+        except StateError as error:
+            if not last:
+                raise
+            groups = self._store.groups(rounds[-2].round)
+            self._store.forget_round(last)
+            values = {"lost": last, "text": str(error).partition(";")[0]}
+            self._tell(Event(kind="fell-back", round=rounds[-2].round, values=values))
+            return rounds[-2], groups
 
     def _round(self, number: int, groups: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
         started = time.monotonic()
@@ -189,55 +204,72 @@ class Coordinator:
         record.seconds = time.monotonic() - started
         self._store.save_round(record, groups)
         self._evaluate(record, groups)
-        values = {"seconds": record.seconds, "sites": len(record.train), "asked": len(asked)}
+        values: dict[str, Any] = {"seconds": record.seconds, "sites": len(record.train), "asked": len(asked)}
+        values["missing"] = missing_since(self._sites)
         self._tell(Event(kind="round-done", round=number, values=values))
         return groups
+
+    def _note(self, number: int, asked: list[str], refusals: Mapping[str, Reason]) -> None:
+        note_states(self._sites, number, asked, refusals)
+        self._store.set_sites(self._sites)
 
     def _pooled(self, record: RoundRecord, model: Arrays) -> tuple[Arrays, dict[str, Reason]]:
         """Step 3 in mode ``distributed``."""
         assert self._secure is not None  # noqa: S101 - the caller looked
         sizes = {name: self._sites[name].public_size for name in self._training()}
         new, refusals = self._secure.train(record, model, self._identities, sizes, self._receipts)
-        self._note_states(record.round, self._training(), refusals)
+        record.bytes_down += self._transport.taken()
+        self._note(record.round, list(self._identities), refusals)
         return new, refusals
 
     def _averaged(self, record: RoundRecord, model: Arrays) -> tuple[Arrays, dict[str, Reason]]:
         """Step 3, (a) to (d)."""
-        number, shapes, asked = record.round, shapes_of(model), self._training()
+        number, uplink, asked = record.round, Uplink(self._study, model), self._training()
         answered: list[str] = []
         refusals: dict[str, Reason] = {}
+        least = needed(self._study, len(asked))
         assert not isinstance(self._strategy, PooledStep)  # noqa: S101 - the caller looked
-        self._strategy.begin(model, [self._sites[n].public_size for n in asked])
-        for reply in self._ask("train", asked, number, model):
-            if isinstance(reply, TrainReply):
-                try:
-                    check_arrays(reply.arrays, shapes)
-                except ContractViolation as error:
-                    reply = Refusal(site=reply.site, kind="train", round=number, reason=error.reason)
-                    self._refused(reply)
-                else:
+        self._strategy.begin(uplink.model, [self._sites[n].public_size for n in asked])
+        down = {**model, **self._strategy.extra()}
+        waiting, patience = Event(kind="waiting", round=number, values={"during": "train"}), self._conduct.patience
+
+        def missing() -> bool:
+            return len(answered) < least <= len(answered) + may_return(refusals, asked)
+
+        for turn in self._turns.ask(asked, refusals, missing, waiting, patience=patience):
+            for reply in self._ask("train", turn, number, down):
+                size = payload_bytes(reply.arrays) if isinstance(reply, TrainReply) else 0
+                if isinstance(reply, TrainReply):
+                    reply = self._checked(reply, uplink)
+                if isinstance(reply, TrainReply):
                     self._strategy.fold(reply.arrays, self._sites[reply.site].public_size)
-                    record.bytes_up += payload_bytes(reply.arrays)
+                    record.bytes_up += size
                     self._trained(reply, record)
                     answered.append(reply.site)
-            if isinstance(reply, Refusal):
-                refusals[reply.site] = reply.reason
-            del reply
-        record.bytes_down += payload_bytes(model) * len(asked)
-        self._note_states(number, asked, refusals)
-        self._require(answered, asked, refusals, f"to train in round {number}")
-        return self._strategy.finish(), refusals
+                    refusals.pop(reply.site, None)
+                    if self._study.strategy.min_sites and len(answered) >= least:
+                        self._conduct.enough_answered()
+                elif isinstance(reply, Refusal):
+                    refusals[reply.site] = reply.reason
+                del reply
+        record.bytes_down += self._transport.taken()
+        self._note(number, asked, refusals)
+        require(self._study, len(answered), len(asked), refusals, f"to train in round {number}")
+        return uplink.whole(self._strategy.finish()), refusals
+
+    def _checked(self, reply: TrainReply, uplink: Uplink) -> TrainReply | Refusal:
+        """The reply as weights, or, where it holds not exactly the agreed arrays, a refusal of that site alone."""
+        try:
+            return replace(reply, arrays=uplink.read(reply.arrays))
+        except ContractViolation as error:
+            refusal = Refusal(site=reply.site, kind="train", round=reply.round, reason=error.reason)
+            self._refused(refusal)
+            return refusal
 
     def _groups(self, number: int, model: Arrays, before: Mapping[str, Arrays]) -> dict[str, Arrays]:
         groups: dict[str, Arrays] = {"model": model}
         if decay := self._study.training.ema:
-            # Warm-up as in Tan & Le 2019 (EfficientNet code): early rounds must not remember the untrained model.
-            decay = min(decay, number / (number + 9.0))
-            old = before.get("evaluated", before["model"])
-            groups["evaluated"] = {
-                name: (decay * old[name].astype("float64") + (1 - decay) * array.astype("float64")).astype(array.dtype)
-                for name, array in model.items()
-            }
+            groups["evaluated"] = average(decay, number, before.get("evaluated", before["model"]), model)
         groups |= {f"strategy.{name}": arrays for name, arrays in self._strategy.state().items()}
         return groups
 
@@ -246,35 +278,65 @@ class Coordinator:
         if every and (number % every == 0 or number == self._study.training.rounds):
             started = time.monotonic()
             model = groups.get("evaluated", groups["model"])
-            for reply in self._ask("evaluate", list(self._sites), number, model):
-                if isinstance(reply, EvaluateReply):
-                    record.metrics[reply.site] = {n: estimate_json(e) for n, e in reply.metrics.items()}
-                elif isinstance(reply, Refusal):
-                    record.refusals[reply.site] = reply.reason.value
-            record.metrics = dict(sorted(record.metrics.items()))
-            record.bytes_down += payload_bytes(model) * len(self._sites)
+            metrics, refusals = self._judge(number, model)
+            record.metrics |= metrics
+            record.refusals |= {site: reason.value for site, reason in sorted(refusals.items())}
+            self._note(number, [n for n in self._sites if n not in self._training()], refusals)
+            record.bytes_down += self._transport.taken()
             record.seconds += time.monotonic() - started
         self._store.save_evaluation(record)
         self._store.prune(self._selected())
+
+    def _judge(self, number: int, model: Arrays, *, final: bool = False) -> tuple[dict[str, Any], dict[str, Reason]]:
+        """Every site's metrics of a model, and why sites gave none.
+
+        A study that wants all sites to train waits for a site that is lost now here too, for the choice of the round
+        depends on its metrics; the final evaluation always does.
+        """
+        found: dict[str, Any] = {}
+        refusals: dict[str, Reason] = {}
+        asked = list(self._sites)
+        wait_for = [n for n, s in self._sites.items() if final or not s.state.startswith("missing since")]
+        patient = final or not self._study.strategy.min_sites
+        waiting = Event(kind="waiting", round=number, values={"during": "evaluate"})
+        for turn in self._turns.ask(
+            asked, refusals, lambda: bool(may_return(refusals, wait_for)), waiting,
+            patience=self._conduct.patience if patient else 0.0,
+        ):  # fmt: skip
+            for reply in self._ask("evaluate", turn, number, model, final=final):
+                if isinstance(reply, EvaluateReply):
+                    found[reply.site] = {n: estimate_json(e) for n, e in reply.metrics.items()}
+                    refusals.pop(reply.site, None)
+                elif isinstance(reply, Refusal):
+                    refusals[reply.site] = reply.reason
+        return dict(sorted(found.items())), refusals
 
     # -- steps 4 and 5 ---------------------------------------------------------------------------------
 
     def _selected(self) -> int:
         return select_round(self._study, self._store.rounds(), self._store.sites())
 
-    def _finish(self) -> None:
+    def _chosen(self) -> tuple[int, Mapping[str, Arrays]]:
+        """The selected round, or the better of the last two where its saved arrays are no longer whole."""
         selected = self._selected()
+        try:
+            return selected, self._store.groups(selected)
+        except StateError as error:
+            instead = select_round(self._study, self._store.rounds()[-2:], self._store.sites())
+            groups = self._store.groups(instead)
+            values = {"lost": selected, "text": str(error).partition(";")[0]}
+            self._tell(Event(kind="fell-back", round=instead, values=values))
+            return instead, groups
+
+    def _finish(self) -> None:
+        selected, groups = self._chosen()
         self._tell(Event(kind="final-started", round=selected))
-        groups = self._store.groups(selected)
         by_round = {record.round: record for record in self._store.rounds()}
         metrics = dict(by_round[selected].metrics)  # a site that is lost now keeps what it told in that round
-        for reply in self._ask(
-            "evaluate", list(self._sites), selected, groups.get("evaluated", groups["model"]), final=True
-        ):
-            if isinstance(reply, EvaluateReply):
-                metrics[reply.site] = {n: estimate_json(e) for n, e in reply.metrics.items()}
-            elif isinstance(reply, Refusal):
-                self._sites[reply.site].state = f"missing in the final evaluation: {reply.reason.value}"
+        found, refusals = self._judge(selected, groups.get("evaluated", groups["model"]), final=True)
+        metrics |= found
+        for name, reason in refusals.items():
+            self._sites[name].state = f"missing in the final evaluation: {reason.value}"
         self._store.set_sites(self._sites)
         self._store.finish({"selected_round": selected, "metrics": dict(sorted(metrics.items()))})
         self._tell(Event(kind="finished", round=selected, values={"selected_round": selected}))
@@ -285,7 +347,8 @@ class Coordinator:
         self, kind: Kind, sites: list[str], number: int, arrays: Arrays | None = None, *, final: bool = False
     ) -> Iterator[Reply]:
         """One reply per site, each checked to answer what was asked; refusals are told as they come."""
-        request = Request(kind=kind, study=self._study, round=number, arrays=arrays, final=final)
+        threshold = final_threshold(self._study, self._store.rounds(), number, self._sites) if final else None
+        request = Request(kind=kind, study=self._study, round=number, arrays=arrays, final=final, threshold=threshold)
         requests = dict.fromkeys(sites, request)
         if kind == "train":
             requests |= {site: replace(request, receipt=self._receipts.get(site)) for site in sites}
@@ -296,16 +359,21 @@ class Coordinator:
                     Event(kind="evaluated", round=number, site=reply.site, values={"metrics": means, "final": final})
                 )
             yield reply
+            del reply  # its arrays must not outlive their fold
 
     def _exchange(self, requests: Mapping[str, Request]) -> Iterator[Reply]:
         """Each site's request to it, and its reply, checked to be of that kind and round."""
-        for reply in self._transport.exchange(requests, self._study.strategy.round_timeout):
+        self._conduct.cut = inf
+        hello = any(request.kind == "hello" for request in requests.values())
+        seconds = self._study.strategy.round_timeout
+        for reply in self._transport.exchange(requests, min(seconds, self._conduct.hello) if hello else seconds):
             kind, number = requests[reply.site].kind, requests[reply.site].round
-            if not _answers(reply, kind, number):
+            if not answers(reply, kind, number):
                 reply = Refusal(site=reply.site, kind=kind, round=number, reason=Reason.CONTRACT_VIOLATION)
             if isinstance(reply, Refusal):
                 self._refused(reply)
             yield reply
+            del reply  # its arrays must not outlive their fold
 
     def _refused(self, refusal: Refusal) -> None:
         values = {"reason": refusal.reason.value, "during": refusal.kind}
@@ -329,55 +397,3 @@ class Coordinator:
         """Remember a site's latest receipt, to show it with the next request."""
         if receipt and (site not in self._receipts or receipt[0] > self._receipts[site].count):
             self._receipts[site] = Receipt(count=receipt[0], head=receipt[1])
-
-    def _note_states(self, number: int, asked: list[str], refusals: Mapping[str, Reason]) -> None:
-        for name in asked:
-            if name not in refusals:
-                state = "answered"
-            elif self._sites[name].state.startswith("missing since"):
-                continue
-            else:
-                state = f"missing since round {number}: {refusals[name].value}"
-            self._sites[name].state = state
-        self._store.set_sites(self._sites)
-
-
-def _answers(reply: Reply, kind: Kind, number: int) -> bool:
-    if isinstance(reply, Refusal):
-        return True
-    if isinstance(reply, HelloReply):
-        return kind == "hello" and reply.public_size >= 1
-    return isinstance(reply, _REPLIES.get(kind, ())) and reply.round == number
-
-
-_REPLIES: Mapping[Kind, type] = {
-    "train": TrainReply, "evaluate": EvaluateReply,
-    "keys": KeysReply, "shares": SharesReply, "masked": MaskedReply, "unmask": UnmaskReply,
-}  # fmt: skip
-
-
-def select_round(study: Study, rounds: list[RoundRecord], sites: Mapping[str, SiteRecord]) -> int:
-    """The round whose model is kept: best ``select`` metric on training sites, weighted by public size.
-
-    Ties and ``"last"`` go to the later round. Round 0, the untrained model, is never chosen once a round was
-    trained. Where no round has the metric (no validation patient), the last round is taken.
-    """
-    name, best, chosen = study.select_metric, float("-inf"), rounds[-1].round if rounds else 0
-    if name == "last":
-        return chosen
-    sign = 1.0 if higher_is_better[name] else -1.0
-    for record in rounds:
-        value = training_value(record, name, sites)
-        if record.round and value is not None and sign * value >= best:
-            best, chosen = sign * value, record.round
-    return chosen
-
-
-def training_value(record: RoundRecord, metric: str, sites: Mapping[str, SiteRecord]) -> float | None:
-    """Mean of ``metric`` over the training sites that returned it, weighted by public size; None if none did."""
-    pairs = [
-        (site.public_size, record.metrics[name][metric]["mean"])
-        for name, site in sites.items()
-        if site.role == Role.TRAIN.value and metric in record.metrics.get(name, {})
-    ]
-    return sum(w * v for w, v in pairs) / sum(w for w, _ in pairs) if pairs else None

@@ -8,13 +8,16 @@
 
 A hospital that vanishes at any step costs at most what it would have added. If fewer than H - ``privacy.tolerate``
 are left at a step, nothing is unmasked; the round is tried once more with fresh keys, is charged again at
-every site that had computed, and then ends with a lost quorum, resumable. The steps, and what they promise, are in
+every site that had computed, and then ends with a lost quorum, resumable. Where no site had computed yet, it is tried
+again as long as the coordinator is patient with those that were lost. The steps, and what they promise, are in
 :mod:`fedneuro.privacy.secagg.participant`.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 from ..privacy.budget import training_event
 from ..privacy.contract import (
@@ -30,7 +33,6 @@ from ..privacy.contract import (
     SecureStep,
     SharesReply,
     UnmaskReply,
-    payload_bytes,
 )
 from ..privacy.errors import ContractViolation, Reason
 from ..privacy.secagg.aggregator import Aggregation
@@ -67,6 +69,8 @@ class SecureRounds:
         ask: how sites are asked.
         refused: told of a reply that the protocol refuses.
         trained: told of each site's vector that came.
+        until_back: waits for sites that were lost, given the round, why sites did not answer and when the round began
+            (monotonic clock); False where it is not worth while, or patience is over.
     """
 
     def __init__(
@@ -76,9 +80,10 @@ class SecureRounds:
         ask: Ask,
         refused: Callable[[Refusal], None],
         trained: Callable[[MaskedReply, RoundRecord], None],
+        until_back: Callable[[int, Mapping[str, Reason], float], bool] = lambda *_: False,
     ) -> None:
         self._study, self._step = study, step
-        self._ask, self._refused, self._trained = ask, refused, trained
+        self._ask, self._refused, self._trained, self._until_back = ask, refused, trained, until_back
         self._adverts: dict[str, Advert] = {}
         self._number = 0
         self._refusals: dict[str, Reason] = {}
@@ -114,13 +119,16 @@ class SecureRounds:
             tolerate=self._study.privacy.tolerate,
             least=self._study.strategy.min_sites,
         )
-        for attempt in range(1, ATTEMPTS + 1):
+        charged, since = 0, time.monotonic()
+        for attempt in count(1):
             self._refusals = {}
             try:
                 return self._attempt(terms, record, model, identities, public_sizes, receipts), self._refusals
             except _TooFew as error:
+                charged += bool(record.train)
                 self._adverts, record.train = {}, {}
-                if attempt == ATTEMPTS:
+                back = charged < ATTEMPTS and self._until_back(record.round, self._refusals, since)
+                if attempt >= ATTEMPTS and not back:
                     doing = f"to send {error.doing} in round {record.round}"
                     needed = terms.needed(identities)
                     raise shortfall(error.left, len(identities), needed, self._refusals, doing) from error
@@ -160,7 +168,6 @@ class SecureRounds:
         for name in aggregation.shared:
             step = SecureStep(context=aggregation.context, sealed=aggregation.sealed_for(name))
             requests[name] = self._request("masked", step, model, receipts.get(name))
-        record.bytes_down += payload_bytes(model) * len(requests)
         for reply in self._each(requests):
             if isinstance(reply, MaskedReply):
                 self._guard(reply, partial(self._fold, aggregation, reply, event.noise_multiplier, record))
@@ -211,6 +218,7 @@ class SecureRounds:
             if isinstance(reply, Refusal):
                 self._refusals[reply.site] = reply.reason
             yield reply
+            del reply
 
     def _guard(self, reply: KeysReply | SharesReply | MaskedReply | UnmaskReply, take: Callable[[], None]) -> bool:
         """Take a reply; one that the protocol refuses counts as a refusal of its site."""

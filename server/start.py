@@ -6,14 +6,19 @@ The coordinator makes no public start itself: whoever creates the run hands it o
 here. A simulation pre-trains on phantoms or reads the checkpoint; a deployment is given the file.
 """
 
+import gc
+
 from ..models.networks import build_network
 from ..models.state import to_arrays
-from ..privacy.contract import Arrays, check_arrays, shapes_of
+from ..privacy.contract import Arrays, check_arrays, payload_bytes, shapes_of
 from ..privacy.errors import ContractViolation, StudyError
 from ..privacy.study import Study
 from .store import RunStore
 
 __all__ = ["initial_arrays", "start_arrays"]
+
+LARGE = 10_000_000
+"""Bytes of a model that are worth a look for garbage, which takes a few tenths of a second."""
 
 
 def initial_arrays(study: Study) -> dict[str, Arrays]:
@@ -21,7 +26,11 @@ def initial_arrays(study: Study) -> dict[str, Arrays]:
     network = build_network(
         study.model, in_channels=len(study.data.modalities), out_channels=study.task.channels, seed=study.study.seed
     )
-    return {"model": to_arrays(network)}
+    arrays = to_arrays(network)
+    del network
+    if payload_bytes(arrays) > LARGE:
+        gc.collect()  # MONAI's networks are held by a function that refers to itself, for the length of a study else
+    return {"model": arrays}
 
 
 def start_arrays(study: Study, store: RunStore) -> dict[str, Arrays]:

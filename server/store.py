@@ -10,6 +10,7 @@ Old rounds are pruned: the last two and the selected one stay.
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -304,6 +305,11 @@ class RunStore:
             groups.setdefault(group, {})[name] = array
         return groups
 
+    def forget_round(self, number: int) -> None:
+        """Take back a saved round, and those after it: the arrays are not whole, so the run goes on from before."""
+        with self._begin() as connection:
+            connection.execute(_rounds.delete().where(_rounds.c.round >= number))
+
     def prune(self, selected: int) -> None:
         """Delete the arrays of rounds that neither a resume nor the result needs."""
         with self._db.connect() as connection:
@@ -315,17 +321,18 @@ class RunStore:
     # -- events ----------------------------------------------------------------------------------------
 
     def record(self, event: Event) -> None:
-        """Append an event; an observer."""
-        self._execute(
-            _events.insert().values(kind=event.kind, round=event.round, site=event.site, values=dict(event.values))
-        )
+        """Append an event with the present time; an observer."""
+        values = {**event.values, "at": round(time.time(), 3)}
+        self._execute(_events.insert().values(kind=event.kind, round=event.round, site=event.site, values=values))
 
     def events(self, after: int = 0) -> Iterator[tuple[int, Event]]:
         """Events with a number above ``after``, with their numbers."""
         with self._db.connect() as connection:
             rows = connection.execute(sql.select(_events).where(_events.c.id > after).order_by(_events.c.id)).all()
         for row in rows:
-            yield row.id, Event(kind=row.kind, round=row.round, site=row.site, values=row[4])
+            values = dict(row[4])
+            at = values.pop("at", 0.0)  # runs of older versions have none
+            yield row.id, Event(kind=row.kind, round=row.round, site=row.site, values=values, at=at)
 
     def close(self) -> None:
         """Release the database."""

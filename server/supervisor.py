@@ -5,6 +5,7 @@
     server      our ServerApp runner: takes one run at a time, executes installed code only
     guard       nginx, the one way from outside to the SuperLink
     enrolment   in this process, on two ports of its own
+    dashboard   a web page for a browser on this machine (:mod:`.dashboard`)
 
 A process that ends is started again: at once if it had lived for a while (the runner ends after each run), otherwise
 after 1, 2, 4 … 60 s. What another command changes in the state store (``invite``, ``revoke``) is seen within a
@@ -16,6 +17,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -38,6 +40,8 @@ LOOK_SECONDS = 0.25
 STEADY_SECONDS = 20.0
 """A process that lived this long failed for a new reason."""
 LONGEST_PAUSE = 60.0
+RUN_CODES = (0, 3, 4)
+"""Of the runner: it executed a run, which ended as it did for the study's reasons (refused, quorum lost)."""
 CRL_SECONDS = 12 * 3600.0
 """How often the list of revoked certificates is signed anew; it holds for 14 days."""
 
@@ -47,6 +51,8 @@ ENVIRONMENT = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "NO_COLOR": "1",
     "PYTHONUNBUFFERED": "1",
+    # glibc's own threshold grows with what is freed, and then models stay in its heap; see mallopt(3).
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
 _log = logging.getLogger("fedneuro.start")
 
@@ -69,9 +75,12 @@ class Supervisor:
         consortium: whose; checked with :meth:`Consortium.check_secure`.
         issuer: its unlocked issuing keys.
         processes: who ends the children.
+        dashboard: whether the dashboard is one of them.
     """
 
-    def __init__(self, consortium: Consortium, issuer: Issuer, processes: Processes) -> None:
+    def __init__(
+        self, consortium: Consortium, issuer: Issuer, processes: Processes, *, dashboard: bool = False
+    ) -> None:
         from .bundle import bundle, bundle_hash
 
         self._consortium, self._issuer, self._processes = consortium, issuer, processes
@@ -85,6 +94,9 @@ class Supervisor:
         self._children = [_Child("superlink", self._start_superlink), _Child("server", self._start_server)]
         if consortium.settings.guard.nginx:
             self._children.append(_Child("guard", self._start_guard))
+        if dashboard:
+            self._children.append(_Child("dashboard", self._start_dashboard))
+        self._publishing = threading.Lock()
         self._seen, self._signed = -1, 0.0
 
     def start(self) -> None:
@@ -118,11 +130,15 @@ class Supervisor:
             self.reconcile()
 
     def publish(self) -> None:
-        """Write the guard's files from the state store, and let a running guard read them."""
-        self._seen = self._consortium.registry.revision
-        publish(self._consortium, self._issuer)
-        self._signed = time.time()
-        reload_guard(self._consortium)
+        """Write the guard's files from the state store, and let a running guard read them.
+
+        Enrolment calls this from a thread of its own while :meth:`look` does too: one writes, the other waits.
+        """
+        with self._publishing:
+            self._seen = self._consortium.registry.revision
+            publish(self._consortium, self._issuer)
+            self._signed = time.time()
+            reload_guard(self._consortium)
 
     def reconcile(self) -> None:
         """Register and unregister nodes until the SuperLink has exactly those that are enrolled."""
@@ -161,10 +177,11 @@ class Supervisor:
         if (code := self._processes.code(child.name)) is None:
             return
         self._processes.stop(child.name)  # what it left behind: workers of a killed nginx would hold the port
-        child.failures = 0 if code == 0 or now - child.since > STEADY_SECONDS else child.failures + 1
+        ran = child.name == "server" and code in RUN_CODES
+        child.failures = 0 if ran or code == 0 or now - child.since > STEADY_SECONDS else child.failures + 1
         pause = 0.0 if not child.failures else min(LONGEST_PAUSE, 2.0 ** (child.failures - 1))
         child.again = now + pause
-        if not (child.name == "server" and code == 0):
+        if not ran:
             line = self._processes.last_line(child.name)
             _log.warning("%s %s; again in %.0f s: %s", child.name, ending(code), pause, line)
             self._consortium.registry.note("restarted", text=f"{child.name} {ending(code)}")
@@ -185,6 +202,12 @@ class Supervisor:
         home = {"FLWR_HOME": str(self._consortium.folder / "superlink" / "home")}
         self._processes.start("server", "fedneuro.server.runner:main", arguments, home)
 
+    def _start_dashboard(self) -> None:
+        arguments = ["--home", str(self._consortium.folder)]
+        # What browsers reach needs no passphrase.
+        unsaid = dict.fromkeys(("FEDNEURO_PASSPHRASE", "FEDNEURO_ROOT_PASSPHRASE"), "")
+        self._processes.start("dashboard", "fedneuro.server.dashboard.serve:main", arguments, unsaid)
+
     def _start_guard(self) -> None:
         folder, program = self._consortium.folder / "guard", self._consortium.settings.guard.nginx
         path = shutil.which(program) or program
@@ -192,11 +215,13 @@ class Supervisor:
         self._processes.start_program("guard", command)
 
 
-def serve(consortium: Consortium, issuer: Issuer, ready: Callable[[Supervisor], None]) -> None:
+def serve(
+    consortium: Consortium, issuer: Issuer, ready: Callable[[Supervisor], None], *, dashboard: bool = False
+) -> None:
     """Run everything until interrupted; ``ready`` is called once, when hospitals can enrol.
 
     Raises:
-        Refused: a setting or file is not safe.
+        Refused: a setting or file is not safe, or a dashboard beyond this machine has no password.
         EnvironmentProblem: a port is in use, a program is missing, a process does not start.
     """
     from .enrolment_service import EnrolmentService
@@ -205,11 +230,16 @@ def serve(consortium: Consortium, issuer: Issuer, ready: Callable[[Supervisor], 
     settings = consortium.settings
     for port in (settings.ports.superlink, settings.ports.guard, settings.ports.enrolment, settings.ports.renewal):
         claim_port(port)
+    if dashboard:
+        from .dashboard.serve import check_open
+
+        check_open(settings.dashboard.listen, consortium, consortium.folder)
+        claim_port(settings.dashboard.port)
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # children are new programs; gRPC need not follow a fork
     os.umask(0o077)  # Flower's database holds pending updates
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(consortium.folder / "logs", ENVIRONMENT))
-        supervisor = Supervisor(consortium, issuer, processes)
+        supervisor = Supervisor(consortium, issuer, processes, dashboard=dashboard)
         stack.callback(supervisor.close)
         supervisor.start()
         enrolment = Enrolment(consortium, issuer, supervisor.control, supervisor.bundle, supervisor.publish)

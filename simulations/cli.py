@@ -13,6 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..privacy.exits import run_command
+from . import cli_data, cli_designs
+from .benchmarks import cli_coordinator, cli_live, cli_metrics
 
 if TYPE_CHECKING:  # these import torch, which --help does not need
     from ..privacy.study import Study
@@ -31,6 +33,11 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure FedNeuro beside its alternatives, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+cli_coordinator.register(bench)
+cli_live.register(bench)
+cli_metrics.register(bench)
+cli_data.register(app, bench)
+cli_designs.register(app, bench)
 privacy = typer.Typer(help="Plan what a private study costs, before anything is spent.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy")
 
@@ -77,6 +84,7 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     cache: Cache = None,
+    compare: cli_designs.Compare = "",
 ) -> None:
     """Run a study on the sites in a folder and write results.json, report.html and model.safetensors."""
     if engine not in ("inprocess", "ray"):
@@ -84,10 +92,13 @@ def run(
     from .run import Simulation
 
     loaded = _load(study, overrides)
+    cli_designs.check_compare(compare, loaded)
     name: Engine = "ray" if engine == "ray" else "inprocess"
     _simulate(
         Simulation(study=loaded, sites=sites, out=out, cache=cache, engine=name, workers=workers), resume, overwrite
     )
+    if compare:
+        cli_designs.compare_run(loaded, sites, out, compare, workers)
 
 
 @app.command()
@@ -193,7 +204,10 @@ def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a 
     """Write results.json, report.html and model.safetensors again from the saved state, also after a crash."""
     from .run import finish
 
-    show(finish(out), out)
+    if cli_designs.is_design(out):
+        cli_designs.rebuild(out)
+        return
+    show(cli_designs.finish_again(out) or finish(out), out)
 
 
 @app.command("import-jpg")

@@ -11,7 +11,8 @@ from ..models.heavy import torch
 from ..privacy.errors import FedNeuroError
 from ..privacy.study import Study
 from ..server.events import Observer, ignore
-from ..server.results import write_results
+from ..server.outcome import write_outcome
+from ..server.report_evidence import EVIDENCE
 from ..server.rounds import run_study
 from ..server.store import RunStore
 from .engines.inprocess import InProcessTransport, default_workers
@@ -29,7 +30,7 @@ class Simulation:
 
     Args:
         study: the study.
-        sites: folder that holds one BIDS folder per hospital.
+        sites: folder that holds one BIDS folder per hospital, or the folders by the hospitals' names.
         out: folder of the results.
         cache: folder of preprocessed scans that several runs share; None: in ``out``.
         engine: ``inprocess``, ``ray``, or ``deployment`` (real SuperLink and SuperNode processes on loopback).
@@ -38,7 +39,7 @@ class Simulation:
     """
 
     study: Study
-    sites: Path
+    sites: Path | Mapping[str, Path]
     out: Path
     cache: Path | None = None
     engine: Engine = "inprocess"
@@ -58,7 +59,7 @@ class Simulation:
         Raises:
             FedNeuroError: with the explanation of the simulated hospitals where one of them refused.
         """
-        settings = site_settings(self.study, find_sites(self.sites), self.out, cache=self.cache)
+        settings = site_settings(self.study, self._found(), self.out, cache=self.cache)
         if resume:
             store = RunStore.resume(self.out, self.study, engine=self.engine)
         else:
@@ -73,6 +74,7 @@ class Simulation:
                 initial=initial,
             )
             shutil.rmtree(self.out / "sites", ignore_errors=True)
+            (self.out / EVIDENCE).unlink(missing_ok=True)  # of an earlier model
         try:
             self._engine(settings, store, observer)
         except FedNeuroError as error:
@@ -80,6 +82,9 @@ class Simulation:
         finally:
             store.close()
         return finish(self.out)
+
+    def _found(self) -> dict[str, Path]:
+        return find_sites(self.sites) if isinstance(self.sites, Path) else dict(self.sites)
 
     def _engine(self, settings: Any, store: RunStore, observer: Observer) -> None:
         if self.engine == "inprocess":
@@ -109,16 +114,8 @@ class Simulation:
 
 
 def finish(out: Path) -> dict[str, Any]:
-    """Write ``results.json``, ``model.safetensors`` and ``report.html`` from the saved state."""
-    from ..server.report import write_report  # imports Jinja2: only at the end of a run
-
-    store = RunStore.load(out)
-    try:
-        results = write_results(store)
-    finally:
-        store.close()
-    write_report(results, out / "report.html", previews=previews(out))
-    return results
+    """Write ``results.json``, ``model.safetensors``, ``report.html`` and ``manifest.json`` from the saved state."""
+    return write_outcome(out, previews=previews(out))
 
 
 def previews(out: Path) -> dict[str, list[dict[str, Any]]]:

@@ -30,6 +30,7 @@ def make_study(**sections: Any) -> Study:
         "model": {"channels": [4, 8]},
         "training": {"rounds": 2, "local_epochs": 1},
         "privacy": {"mode": "none"},
+        "evaluation": {"worst": 0},  # the site's own report has tests of its own
     }
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section

@@ -72,6 +72,7 @@ def test_wheel_holds_every_module_and_data_file(wheel_names: list[str]) -> None:
     wanted = {path for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     wanted |= {ROOT / room / "py.typed" for room in ROOMS}
     wanted |= {*(ROOT / "server" / "templates").glob("*.html"), *(ROOT / "simulations" / "studies").glob("*.toml")}
+    wanted |= {path for name in ("templates", "static") for path in (ROOT / "server" / "dashboard" / name).iterdir()}
     assert {f"fedneuro/{path.relative_to(ROOT).as_posix()}" for path in wanted} <= set(wheel_names)
     assert len([name for name in wheel_names if name.endswith(".toml")]) >= 3
 

@@ -2,8 +2,10 @@
 """Random changes of one training crop; image and label always move together.
 
 ``light`` mirrors, in plain torch (microseconds). ``standard`` adds a small rotation, scaling and shift, gamma and
-noise with MONAI's dictionary transforms. Each crop is changed from itself alone: nothing mixes patients, as
-patient-level privacy needs. Voxels that are exactly 0, the background, stay 0 in intensity changes.
+noise with MONAI's dictionary transforms. ``custom`` takes what the study's ``[data.augmentation]`` says, in the order
+mirror, affine, elastic, coarser voxels, bias field, gamma, noise. Each crop is changed from itself alone: nothing mixes
+patients, as patient-level privacy needs. Voxels that are exactly 0, background and missing modalities, stay 0 in
+intensity changes.
 """
 
 from collections.abc import Iterator
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from ...privacy.study_data import AugmentationSection
+
 if TYPE_CHECKING:
     from monai.transforms.compose import Compose
 
 __all__ = ["Augment", "augment"]
 
-Augment = Literal["none", "light", "standard"]
+Augment = Literal["none", "light", "standard", "custom"]
 
 ROTATION = 0.2  # radians, about 11 degrees
 SCALING = 0.1
@@ -29,7 +33,11 @@ NOISE = 0.1  # standard deviation at most; images are normalised
 
 
 def augment(
-    image: torch.Tensor, label: torch.Tensor | None, how: Augment, rng: np.random.Generator
+    image: torch.Tensor,
+    label: torch.Tensor | None,
+    how: Augment,
+    rng: np.random.Generator,
+    table: AugmentationSection | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Change one crop.
 
@@ -38,23 +46,29 @@ def augment(
         label: int64 (*patch); None for classification.
         how: ``data.augment`` of the study.
         rng: decides everything that is random.
+        table: ``[data.augmentation]``, for ``custom``; None: its defaults.
 
     Returns:
         New tensors of the same shapes, or the same ones where nothing changes.
     """
     if how == "none":
         return image, label
-    axes = [axis for axis, draw in enumerate(rng.random(image.ndim - 1)) if draw < 0.5]
+    table = table or AugmentationSection()
+    often = table.flip if how == "custom" else 0.5
+    axes = [axis for axis, draw in enumerate(rng.random(image.ndim - 1)) if draw < often]
     if axes:
         image = image.flip([axis + 1 for axis in axes])
         label = None if label is None else label.flip(axes)
-    if how == "standard":
-        image, label = _standard(image, label, int(rng.integers(2**32)))
+    if how != "light":
+        patch, seed = tuple(image.shape[1:]), int(rng.integers(2**32))
+        chain = _custom(patch, label is not None, table) if how == "custom" else _standard(patch, label is not None)
+        image, label = _changed(image, label, *chain, seed)
     return image, label
 
 
-def _standard(image: torch.Tensor, label: torch.Tensor | None, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    move, shade = _transforms(tuple(image.shape[1:]), label is not None)
+def _changed(
+    image: torch.Tensor, label: torch.Tensor | None, move: "Compose", shade: "Compose", seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     sample: dict[str, Any] = {"image": image}
     if label is not None:
         sample["label"] = label[None].to(torch.float32)
@@ -67,7 +81,7 @@ def _standard(image: torch.Tensor, label: torch.Tensor | None, seed: int) -> tup
 
 
 @lru_cache(maxsize=8)
-def _transforms(patch: tuple[int, ...], has_label: bool) -> "tuple[Compose, Compose]":
+def _standard(patch: tuple[int, ...], has_label: bool) -> "tuple[Compose, Compose]":
     """Spatial and intensity transforms; seeded anew before every use, so sharing them leaks nothing."""
     from monai.transforms.compose import Compose
     from monai.transforms.intensity.dictionary import RandAdjustContrastd, RandGaussianNoised
@@ -85,6 +99,51 @@ def _transforms(patch: tuple[int, ...], has_label: bool) -> "tuple[Compose, Comp
     )
     shade = [RandAdjustContrastd("image", prob=0.3, gamma=GAMMA), RandGaussianNoised("image", prob=0.3, std=NOISE)]
     return Compose([move]), Compose(shade)
+
+
+@lru_cache(maxsize=8)
+def _custom(patch: tuple[int, ...], has_label: bool, table: AugmentationSection) -> "tuple[Compose, Compose]":
+    """As :func:`_standard`, by the study's table; what has probability 0 is left out."""
+    from monai.transforms.compose import Compose
+    from monai.transforms.intensity.dictionary import RandAdjustContrastd, RandBiasFieldd, RandGaussianNoised
+    from monai.transforms.spatial.dictionary import RandAffined, RandSimulateLowResolutiond
+
+    from .elastic import RandElasticBSplined
+
+    keys = ["image", "label"] if has_label else ["image"]
+    modes = ["bilinear", "nearest"][: len(keys)]
+    move: list[Any] = []
+    if table.affine:
+        turn = np.deg2rad(table.rotation)
+        move.append(
+            RandAffined(
+                keys,
+                prob=table.affine,
+                rotate_range=[turn] * (1 if len(patch) == 2 else 3),
+                scale_range=[table.scaling] * len(patch),
+                translate_range=[table.shift * side for side in patch],
+                mode=modes,
+                padding_mode="zeros",
+            )
+        )
+    if table.elastic:
+        move.append(RandElasticBSplined(keys, voxels=table.elastic_voxels, modes=modes, prob=table.elastic))
+    shade: list[Any] = []
+    if table.low_resolution:
+        zoom = (table.low_resolution_zoom, 1.0)
+        back = "bilinear" if len(patch) == 2 else "trilinear"
+        shade.append(
+            RandSimulateLowResolutiond("image", prob=table.low_resolution, upsample_mode=back, zoom_range=zoom)
+        )
+    if table.bias:
+        strength = (-table.bias_strength, table.bias_strength)
+        shade.append(RandBiasFieldd("image", prob=table.bias, coeff_range=strength))
+    if table.gamma:
+        low, high = table.gamma_range
+        shade.append(RandAdjustContrastd("image", prob=table.gamma, gamma=(low, high)))
+    if table.noise:
+        shade.append(RandGaussianNoised("image", prob=table.noise, std=table.noise_std))
+    return Compose(move), Compose(shade)
 
 
 @contextmanager

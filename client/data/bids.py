@@ -32,12 +32,13 @@ Kind = tuple[frozenset[str], str]
 
 @dataclass(frozen=True, slots=True)
 class ScanFiles:
-    """The files of one scan: an image per modality of the study (None: missing), and the mask where one exists."""
+    """The files of one scan: an image per modality of the study (None: missing), and the masks where they exist."""
 
     patient: str
     name: str
     images: tuple[Path | None, ...]
     mask: Path | None
+    brain: Path | None = None  # the foreground, where the study takes it from a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,10 @@ def find_patients(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"data set {root} {what}; expected a BIDS folder with sub-*/anat; check the path")
-    folders = sorted(p.name for p in root.glob("sub-*") if p.is_dir())
+    entries = _listed(root)
+    folders = sorted(p.name for p in entries if p.name.startswith("sub-") and p.is_dir())
     if not folders:
-        seen = ", ".join(sorted(p.name for p in root.iterdir())[:4]) or "nothing"
+        seen = ", ".join(sorted(p.name for p in entries)[:4]) or "nothing"
         raise DataError(
             f"data set {root} has zero patients (it holds {seen}); expected BIDS folders sub-*/anat with NIfTI files; "
             "give the folder that holds sub-*, or convert the scans to BIDS"
@@ -78,7 +80,9 @@ def find_patients(root: Path) -> tuple[str, ...]:
     return tuple(folders)
 
 
-def find_scans(root: Path, patient: str, modalities: Sequence[str], mask: str | None) -> list[ScanFiles]:
+def find_scans(
+    root: Path, patient: str, modalities: Sequence[str], mask: str | None, brain: str | None = None
+) -> list[ScanFiles]:
     """Scans of one patient, sorted by name; missing images and masks are None.
 
     Within a session the first modality of the study that exists there says which scans (acquisition, run)
@@ -90,16 +94,19 @@ def find_scans(root: Path, patient: str, modalities: Sequence[str], mask: str | 
         patient: its id, ``sub-X``.
         modalities: as in the study, for example ``("FLAIR", "ce-gadolinium_T1w")``.
         mask: as in the study, for example ``"label-lesion_mask"``; None for classification.
+        brain: name of the mask of the foreground, where the study takes it from a file.
 
     Raises:
         DataError: a file of another patient in this one's folder, or two files for one place.
     """
     images = _named([root], patient)
-    masks = _named(sorted((root / "derivatives").glob("*")), patient) if mask else []
+    masks = _named(_listed(root / "derivatives"), patient) if mask or brain else []
     scans = []
     for session in sorted({file.session for file in images}):
         here = [[f for f in images if f.session == session and f.kind == _kind(m)] for m in modalities]
-        drawn = [f for f in masks if f.session == session and mask and f.kind == _kind(mask)]
+        drawn, brains = (
+            [f for f in masks if f.session == session and name and f.kind == _kind(name)] for name in (mask, brain)
+        )
         anchor = next((files for files in here if files), [])
         variants = sorted({f.variant for f in anchor})
         for variant in variants:
@@ -110,6 +117,7 @@ def find_scans(root: Path, patient: str, modalities: Sequence[str], mask: str | 
                     label,
                     tuple(_pick(files, variant, share=True) for files in here),
                     _pick(drawn, variant, share=len(variants) == 1),
+                    _pick(brains, variant, share=len(variants) == 1),
                 )
             )
     return scans
@@ -119,9 +127,10 @@ def _named(roots: Iterable[Path], patient: str) -> list[_Named]:
     """NIfTI files below ``root/patient/[ses-*/]anat`` with BIDS names; other files are passed over."""
     found = []
     for root in roots:
-        for folder in [root / patient / "anat", *sorted((root / patient).glob("ses-*/anat"))]:
+        sessions = [p for p in _listed(root / patient) if p.name.startswith("ses-")]
+        for folder in [root / patient / "anat", *(p / "anat" for p in sessions)]:
             session = folder.parent.name if folder.parent.name.startswith("ses-") else ""
-            for path in sorted(folder.glob("*.nii*")):
+            for path in _listed(folder):
                 match = _FILE.fullmatch(path.name)
                 if not match:
                     continue
@@ -135,6 +144,19 @@ def _named(roots: Iterable[Path], patient: str) -> list[_Named]:
                 variant = (entities.get("acq", ""), entities.get("run", ""))
                 found.append(_Named(path, patient, session, variant, _kind(stem)))
     return found
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing where there is none. A folder that may not be read is a fault, not empty."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be read ({error.strerror}); expected a folder that the node's account may read; "
+            "give it the right, or leave the folder out"
+        ) from error
 
 
 def _pick(files: Sequence[_Named], variant: tuple[str, str], *, share: bool) -> Path | None:

@@ -103,7 +103,7 @@ class Crops:
         cut = _slice if self._geometry.dims == 2 else _box
         image, mask = cut(scan, foreground if centred else None, self._geometry, rng)
         label = None if mask is None else mask.to(torch.int64)
-        return augment(image, label, self.study.data.augment, rng)
+        return augment(image, label, self.study.data.augment, rng, self.study.data.augmentation)
 
     def _labelled(self, patient: str, scans: Sequence[Prepared]) -> tuple[Foreground, ...]:
         if patient not in self._foreground:

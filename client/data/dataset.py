@@ -122,5 +122,6 @@ class SiteData:
                     "stay as it was checked; start again"
                 )
             scan = prepare(entry.files, self._study)
-            self._cache.save(entry.key, scan)
+            if self._cache.save(entry.key, scan):
+                scan = self._cache.load(entry.key) or scan  # mapped, so that it takes no memory of its own
         return scan

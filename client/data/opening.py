@@ -8,14 +8,16 @@ Steps: 1 patients and table, 2 files of each patient, 3 their content, 4 the dat
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ...privacy.errors import DataError
 from ...privacy.study import Study
 from . import checks
 from .bids import ScanFiles, find_patients, find_scans, read_participants
-from .cache import ScanCache, ScanMemory, Summary
+from .build import Built, Progress, build_entries
+from .cache import LIMIT, ScanCache, ScanMemory, Summary
 from .dataset import Entry, SiteData
 from .preprocess import Prepared, content_key, prepare
 
@@ -27,7 +29,16 @@ AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 Table = Mapping[str, Mapping[str, str]]
 
 
-def open_site(path: Path, study: Study, *, cache: Path | None = None, site: str | None = None) -> SiteData:
+def open_site(
+    path: Path,
+    study: Study,
+    *,
+    cache: Path | None = None,
+    site: str | None = None,
+    limit: int = LIMIT,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> SiteData:
     """Open, check and preprocess the data set of one hospital.
 
     Args:
@@ -35,12 +46,16 @@ def open_site(path: Path, study: Study, *, cache: Path | None = None, site: str 
         study: says what the data set must hold.
         cache: folder of preprocessed scans, made if need be; None: memory only.
         site: the site's name in messages and in ``evaluation.heldout``; None: the folder's name.
+        limit: bytes that the cache may take on disk.
+        workers: processes that fill the cache; 1: this one alone.
+        progress: told of each scan that several processes prepared.
 
     Raises:
         DataError: with one line per fault.
+        EnvironmentProblem: a package that the study's preprocessing needs is missing, or a process died.
     """
-    opening = _Opening(site or path.resolve().name, path, study, ScanCache(cache))
-    opening.read()
+    opening = _Opening(site or path.resolve().name, path, study, ScanCache(cache, limit))
+    opening.read(workers, progress)
     return opening.result()
 
 
@@ -56,8 +71,11 @@ class _Opening:
         self.classes: dict[str, int] = {}
         self.excluded: dict[str, str] = {}
         self.filled: dict[str, str] = {}
+        self.built: dict[ScanFiles, Built] = {}
+        table = study.data.preprocessing
+        self.brain = table.mask_name if table.mask == "supplied" else None
 
-    def read(self) -> None:
+    def read(self, workers: int, progress: Progress | None) -> None:
         # 1. A data set without patients ends here; a bad table is one fault among others.
         try:
             patients = find_patients(self.root)
@@ -72,6 +90,8 @@ class _Opening:
         except DataError as error:
             self.table = None
             self.faults.add(error)
+        if workers > 1 and self.cache.folder is not None:
+            self._build(patients, self.cache.folder, workers, progress)
         for patient in patients:
             try:
                 self._patient(patient)
@@ -79,10 +99,26 @@ class _Opening:
                 self.faults.add(error, patient)
         self.faults.raise_if_any()
 
+    def _build(self, patients: Sequence[str], folder: Path, workers: int, progress: Progress | None) -> None:
+        """Step 3 beforehand, in several processes, for all scans that step 2 will let through."""
+        jobs = []
+        for patient in patients:
+            with suppress(DataError):  # told in step 2
+                scans = self._find(patient)
+                lacking = checks.missing_modalities(scans, self.study.data.modalities)
+                if not lacking or self.study.data.missing_modality == "zero":
+                    jobs += [files for files in scans if files.mask or not self.mask]
+        self.built = build_entries(
+            jobs, self.study, folder, limit=self.cache.limit, since=self.cache.since, workers=workers, progress=progress
+        )
+
+    def _find(self, patient: str) -> list[ScanFiles]:
+        return find_scans(self.root, patient, self.study.data.modalities, self.mask, self.brain)
+
     def _patient(self, patient: str) -> None:
         # 2. Which files there are.
         data, task = self.study.data, self.study.task
-        scans = find_scans(self.root, patient, data.modalities, self.mask)
+        scans = self._find(patient)
         lacking = checks.missing_modalities(scans, data.modalities)
         if lacking:
             if data.missing_modality == "refuse":
@@ -106,17 +142,24 @@ class _Opening:
     def _scan(self, files: ScanFiles, fresh: list[Prepared]) -> None:
         if self.mask:
             checks.check_has_mask(files, self.mask)
-        key = content_key(files, self.study)
-        summary = self.cache.summary(key)
+        key, summary = self._summary(files, fresh)
+        if self.study.model.dims == 2:
+            checks.check_slices(files.name, summary.shape, AXES[self.study.data.slice_axis])
+        self.entries.setdefault(files.patient, []).append(Entry(files, key))
+        self.summaries.setdefault(files.patient, []).append(summary)
+
+    def _summary(self, files: ScanFiles, fresh: list[Prepared]) -> tuple[str, Summary]:
+        built = self.built.get(files)
+        if isinstance(built, DataError):
+            raise built
+        key = built[0] if built else content_key(files, self.study)
+        summary = self.cache.summary(key) or (built[1] if built else None)
         if summary is None:
             scan = prepare(files, self.study)
             summary = Summary.of(scan)
             if not self.cache.save(key, scan):
                 fresh.append(scan)
-        if self.study.model.dims == 2:
-            checks.check_slices(files.name, summary.shape, AXES[self.study.data.slice_axis])
-        self.entries.setdefault(files.patient, []).append(Entry(files, key))
-        self.summaries.setdefault(files.patient, []).append(summary)
+        return key, summary
 
     def result(self) -> SiteData:
         # 4. The data set as a whole.

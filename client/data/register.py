@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...privacy.contract import Role
-from ...privacy.errors import BadInput, EnvironmentProblem, StateError
+from ...privacy.errors import BadInput, DataError, EnvironmentProblem, StateError
 from .bids import find_patients
 from .nifti import digest_of
 from .split import public_size
@@ -70,8 +70,17 @@ def manifest_of(root: Path) -> dict[str, str]:
     Raises:
         DataError: a file cannot be read.
     """
-    found = {}
-    for folder, below, files in os.walk(root, followlinks=True):
+    found: dict[str, str] = {}
+
+    def complain(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}); give the node's account the right to read it"
+        ) from error
+
+    for folder, below, files in os.walk(root, followlinks=True, onerror=complain):
+        if Path(folder).is_symlink() and Path(folder).parent.resolve().is_relative_to(Path(folder).resolve()):
+            below.clear()  # a link that leads back up: nothing new, without end
+            continue
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)

@@ -8,7 +8,6 @@ X25519 through HKDF-SHA-256 with the round's context, so no key serves twice, an
 References: RFC 7748 (X25519), RFC 5869 (HKDF), RFC 8439 (ChaCha20-Poly1305), FIPS 186-5 (ECDSA).
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,11 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
-    load_pem_public_key,
     load_ssh_private_key,
 )
 
 from ..errors import ContractViolation, EnvironmentProblem
+from ..identity import fingerprint, identity_of_pem, public_identity
 from .messages import Advert
 
 __all__ = [
@@ -55,7 +53,7 @@ class Identity:
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._key = key
-        self.public = key.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+        self.public = public_identity(key.public_key())
 
     @classmethod
     def fresh(cls) -> "Identity":
@@ -168,23 +166,6 @@ def verify_advert(advert: Advert, identity: bytes, study_hash: str, number: int,
         key.verify(advert.signature, text, ec.ECDSA(hashes.SHA384()))
     except (InvalidSignature, ValueError) as error:
         raise ContractViolation(f"the keys of site {site} for round {number} are not signed by its identity") from error
-
-
-def fingerprint(identity: bytes) -> str:
-    """SHA-256 of a public identity: what hospitals compare, 64 hexadecimal digits."""
-    return hashlib.sha256(identity).hexdigest()
-
-
-def identity_of_pem(pem: bytes) -> bytes:
-    """The public identity in a PEM file of a public P-384 key.
-
-    Raises:
-        EnvironmentProblem: it holds another kind of key.
-    """
-    key = load_pem_public_key(pem)
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise EnvironmentProblem("a node's public key is of another kind: expected P-384")
-    return key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
 
 
 def public_masking_key(private: bytes) -> bytes:

@@ -9,7 +9,7 @@ the *public* cohort size: the true count of patients never leaves a hospital.
 from collections.abc import Mapping, Sequence
 
 from ...privacy.contract import Arrays
-from ...privacy.study import StrategySection
+from ...privacy.study import Study
 from ..aggregation import WeightedMean
 
 __all__ = ["FedAvg"]
@@ -18,14 +18,18 @@ __all__ = ["FedAvg"]
 class FedAvg:
     """See the module's text. ``weighting = "equal"`` gives every site weight one."""
 
-    def __init__(self, section: StrategySection) -> None:
-        self._section = section
+    def __init__(self, study: Study) -> None:
+        self._section = study.strategy
         self._mean = WeightedMean(capacity=1)
 
     def begin(self, arrays: Arrays, public_sizes: Sequence[int]) -> None:
         """Start a round; FedAvg does not look at the old weights."""
         del arrays
         self._mean = WeightedMean(capacity=sum(map(self._weight, public_sizes)))
+
+    def extra(self) -> Arrays:
+        """FedAvg sends the model alone."""
+        return {}
 
     def fold(self, arrays: Arrays, public_size: int) -> None:
         """Add one site's weights."""

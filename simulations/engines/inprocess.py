@@ -28,7 +28,7 @@ from ...client.settings import SiteSettings
 from ...privacy.contract import Refusal, Reply, Request
 from ...privacy.errors import Reason
 
-__all__ = ["InProcessTransport", "default_workers"]
+__all__ = ["InProcessTransport", "default_workers", "end_with_parent", "quiet_main"]
 
 
 def default_workers(sites: int, threads: int) -> int:
@@ -62,6 +62,8 @@ class InProcessTransport:
     def __exit__(self, *_: object) -> None:
         for worker in self._pool:
             worker.stop()
+        for site in self._local.values():
+            site.close()
 
     def sites(self) -> list[str]:
         """Names of the sites."""
@@ -69,6 +71,9 @@ class InProcessTransport:
 
     def exchange(self, requests: Mapping[str, Request], timeout: float) -> Iterator[Reply]:
         """See :class:`~fedneuro.privacy.contract.Transport`; without workers there is nothing to time out."""
+        for name in requests.keys() - self._settings.keys():  # it took part before the run was resumed
+            yield Refusal(site=name, kind=requests[name].kind, round=requests[name].round, reason=Reason.LOST)
+        requests = {name: request for name, request in requests.items() if name in self._settings}
         if not self._pool:
             from ...client.site import Site
 
@@ -103,7 +108,7 @@ class _Worker:
         context.set_forkserver_preload(["fedneuro.client.site"])
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, list(self._settings.values())), daemon=True)
-        with _quiet_main():
+        with quiet_main():
             self._process.start()
         theirs.close()
 
@@ -143,7 +148,7 @@ class _Worker:
         self._process.join()
 
 
-class _quiet_main:  # noqa: N801 - a context manager that reads as a verb
+class quiet_main:  # noqa: N801 - a context manager that reads as a verb
     """Keep a worker from importing the main module again: it is a console script, and holds nothing it needs."""
 
     def __enter__(self) -> None:
@@ -160,7 +165,7 @@ def _serve(connection: Connection, settings: list[SiteSettings]) -> None:
     from ...client.site import Site
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     sites = {s.name: Site(replace(s)) for s in settings}
     while True:
         try:
@@ -171,7 +176,8 @@ def _serve(connection: Connection, settings: list[SiteSettings]) -> None:
             return
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Body of a thread: this process ends when its parent does, however that ends."""
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])

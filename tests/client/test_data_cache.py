@@ -36,7 +36,7 @@ def entries(cache: Path) -> list[Path]:
 
 
 def tensors(site: SiteData) -> list[torch.Tensor]:
-    return [t for p in site.patients for s in site.scans(p) for t in (s.image, s.label)]
+    return [t.clone() for p in site.patients for s in site.scans(p) for t in (s.image, s.label)]  # not mapped
 
 
 def test_a_second_opening_prepares_nothing_and_gives_the_same_bits(tmp_path: Path, prepared_count: list[str]) -> None:
@@ -59,7 +59,7 @@ def test_entries_are_named_by_content_and_private(tmp_path: Path) -> None:
     for entry in entries(tmp_path / "cache"):
         assert len(entry.stem) == 64
         assert entry.parent.name == entry.stem[:2]
-        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o400
         assert stat.S_IMODE(entry.parent.stat().st_mode) == 0o700
     assert not list((tmp_path / "cache").glob("*/.new-*"))
 
@@ -131,6 +131,7 @@ def test_damaged_entries_are_made_again(damage: Any, when: str, tmp_path: Path) 
     content = {entry: entry.read_bytes() for entry in entries(cache)}
     site = open_site(root, study, cache=cache)
     for entry in entries(cache):
+        entry.chmod(0o600)
         damage(entry)
         assert entry.read_bytes() != content[entry]
     if when == "before-opening":

@@ -20,7 +20,7 @@ from fedneuro.privacy.errors import BadInput, DataError, FedNeuroError, StateErr
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _NIB: Any = nibabel
-MR, SC, SEG, RT = (f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("4", "7", "66.4", "481.3"))
+MR, CT, SC, SEG, RT = (f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("4", "2", "7", "66.4", "481.3"))
 SHAPE = (16, 12, 6)  # columns, rows, slices
 SPACING = (1.5, 2.0, 3.0)  # mm, along the same axes
 ORIGIN = (-10.0, -20.0, 5.0)
@@ -141,8 +141,22 @@ def bomb(_: int, item: Dataset) -> None:
     item.Rows = item.Columns = 60_000
 
 
+def tilted_ct(k: int, item: Dataset) -> None:
+    """A head CT with the gantry leaned back: parallel slices whose stack is sheared."""
+    item.SOPClassUID, item.Modality, item.GantryDetectorTilt = CT, "CT", -12.5
+    item.RescaleSlope, item.RescaleIntercept = 1, -1024
+    shifted(k, item, -SPACING[2] * np.tan(np.deg2rad(12.5)))
+
+
+def straight_ct(k: int, item: Dataset) -> None:
+    """The header tells of a tilt, but the positions are straight, as after correction at the console: they decide."""
+    tilted_ct(k, item)
+    shifted(k, item, 0.0)
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "tilt": ({"change": lambda k, d: shifted(k, d, 1.0)}, "refused", "gantry tilt of 18.4 degrees"),
+    "tilted CT": ({"change": tilted_ct, "description": "head"}, "refused", "gantry tilt of 12.5 degrees"),
     "uneven": ({"change": uneven}, "refused", "slice distances from 3.00 to 4.20 mm"),
     "missing slice": ({"slices": [0, 1, 2, 4, 5]}, "refused", "missing slices: about 1"),
     "several orientations": ({"change": several}, "refused", "several orientations"),
@@ -165,6 +179,14 @@ def test_refusals_name_the_reason_and_the_rest_goes_on(name: str, tmp_path: Path
     (bad,) = [row for row in summary.rows if row.action != "import"]
     assert bad.action == action and words in bad.reason
     assert len(summary.imported) == 1 and not list((tmp_path / "bids").glob(".import-*"))
+
+
+def test_a_ct_whose_positions_are_straight_is_imported_in_hounsfield_units(tmp_path: Path) -> None:
+    write_series(tmp_path / "src", change=straight_ct, description="head")
+    summary = run(tmp_path)
+    assert len(summary.imported) == 1, summary.refused
+    (path,) = (tmp_path / "bids").rglob("*_CT.nii.gz")
+    assert np.array_equal(np.sort(_NIB.load(path).get_fdata().ravel()), np.sort(greys().astype(float).ravel() - 1024))
 
 
 def test_bad_files_are_listed_and_passed_over(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def hospital(tmp_path: Path) -> Hospital:
 
 def test_an_empty_policy_denies_every_study(hospital: Hospital) -> None:
     verdicts = judge(Policy(), Case(study=STUDY, site=hospital.settings))
-    granted_by_default = {"privacy.min_cohort", "privacy.min_noise_multiplier"}  # 10 patients; any noise
+    # 10 patients; any noise; the study asks for no groups
+    granted_by_default = {"privacy.min_cohort", "privacy.min_noise_multiplier", "reply.strata"}
     assert {v.rule for v in verdicts if v.passed} == granted_by_default
     hospital.policy.write_text("")
     assert hospital.refused(hospital.ask(STUDY, "hello")) is Reason.OUTSIDE_HOURS

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -292,7 +293,7 @@ def test_of_an_unexpected_error_only_a_code_leaves(node: SuperNode, settings: No
     node.receive(encode_request(HELLO), "query.hello")
     reply, _ = answered(node, settings, work)
     assert reply.error.reason == "internal-error"
-    assert "017" not in repr(reply)
+    assert "sub-017" not in repr(reply) and "patient" not in repr(reply)
 
 
 def test_a_refusal_and_a_reply_that_may_not_leave(node: SuperNode, settings: NodeSettings) -> None:
@@ -350,6 +351,24 @@ def test_the_launcher_shortens_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 0.3
     with pytest.raises(RuntimeError, match="pauses for 2 s"):
         clock.sleep(2)
+
+
+def test_a_link_that_breaks_in_a_handshake_is_tried_again_and_a_wrong_certificate_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supernode import fleet_http_connection as connection
+
+    assert "make_simple_http_retry_invoker()" in inspect.getsource(connection)
+    stock: Any = vars(connection)["make_simple_http_retry_invoker"]
+    monkeypatch.setattr(connection, "make_simple_http_retry_invoker", stock)
+    broken = httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol")
+    wrong = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+    refused = httpx.HTTPStatusError("412", request=httpx.Request("POST", "https://x"), response=httpx.Response(412))
+    assert stock().should_giveup(broken), "Flower gives up; once it does not, keep_trying can go"
+    supernode.keep_trying()
+    made: Any = vars(connection)["make_simple_http_retry_invoker"]
+    gives_up = made().should_giveup
+    assert [gives_up(error) for error in (broken, wrong, refused)] == [False, True, True]
 
 
 def test_transfers_begin_to_look_sooner(monkeypatch: pytest.MonkeyPatch) -> None:

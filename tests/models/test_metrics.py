@@ -2,6 +2,8 @@
 """Metrics against MONAI, scikit-learn, SciPy, brute force and numbers by hand."""
 
 import math
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,15 +11,29 @@ import torch
 from numpy.typing import NDArray
 
 from fedneuro.models.metrics import (
+    LESION_RULES,
     METRICS,
+    ScanRules,
     accuracy,
+    auprc,
     auroc,
     bootstrap,
     bootstrap_interval,
+    brier,
+    c_index,
     dice,
+    ece,
+    failed_scores,
     hausdorff95,
     higher_is_better,
+    mean_absolute_error,
+    reliability,
+    scan_scores,
+    sensitivity,
+    specificity,
+    youden_threshold,
 )
+from fedneuro.privacy.study_evaluation import SUITED_METRICS, Metric
 
 LABELS = ("oedema", "core")
 
@@ -210,6 +226,155 @@ def test_one_patient_has_an_interval_of_no_width() -> None:
 
 
 def test_every_metric_has_a_direction() -> None:
-    assert set(METRICS) == set(higher_is_better) == {"dice", "hd95", "accuracy", "auroc"}
-    assert not higher_is_better["hd95"]
-    assert math.isclose(sum(higher_is_better.values()), 3)
+    assert set(METRICS) - {"reliability"} == set(higher_is_better), "a curve has no direction"
+    worse = {name for name, better in higher_is_better.items() if not better}
+    assert worse == {
+        "hd95", "volume_difference", "false_positives", "lesion_count_difference", "lesion_hd95", "brier", "ece",
+    }  # fmt: skip
+
+
+def test_a_study_can_name_every_metric_and_no_other() -> None:
+    assert set(get_args(Metric)) == set(METRICS) == SUITED_METRICS["segmentation"] | SUITED_METRICS["classification"]
+
+
+# -- volumes and lesions --------------------------------------------------------------------------------------
+
+RULES = ScanRules(labels=("lesion",), tolerance=1.0, lesions=LESION_RULES["isles-2022"], cuts=(0.002, 0.01))
+EVERY = tuple(sorted(SUITED_METRICS["segmentation"]))
+
+
+def two_lesions() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The truth: one voxel and a bar of eight. Seen: half of the bar, and one voxel elsewhere."""
+    truth, seen = np.zeros((24, 8, 8), np.int64), np.zeros((24, 8, 8), np.int64)
+    truth[0, 2, 2] = 1
+    truth[8:16, 4, 4] = 1
+    seen[8:12, 4, 4] = 1
+    seen[20, 6, 1] = 1
+    return seen, truth
+
+
+def test_scores_by_hand() -> None:
+    """Voxels of 1 mm: 9 true, 5 seen, 4 shared. TP 1, FN 1, FP 1. NSD: 4 + 1 of the truth's 9 and 4 of the 5 seen."""
+    found = scan_scores(*two_lesions(), (1.0, 1.0, 1.0), EVERY, RULES)
+    assert found["dice"] == pytest.approx(8 / 14)
+    assert found["nsd"] == pytest.approx(9 / 14)
+    assert found["volume_difference"] == pytest.approx(0.004)
+    assert (found["lesion_f1"], found["lesion_sensitivity"], found["false_positives"]) == (0.5, 0.5, 1.0)
+    assert (found["lesion_sensitivity:small"], found["lesion_sensitivity:medium"]) == (0.0, 1.0)
+    assert "lesion_sensitivity:large" not in found and found["lesion_count_difference"] == 0.0
+    assert found["lesion_dice"] == pytest.approx((0 + 8 / 12) / 3), "missed, half, false"
+
+
+def test_the_presets_differ_where_they_should() -> None:
+    """BraTS leaves out lesions of 50 mm³ and less, but no false positive; in 6 mm³ voxels the bar has 48 mm³."""
+    gli = replace(RULES, lesions=LESION_RULES["brats-2023-gli"])
+    found = scan_scores(*two_lesions(), (1.0, 2.0, 3.0), EVERY, gli)
+    assert found["lesion_f1"] == 0.0 and "lesion_sensitivity" not in found, "nothing is left to be found"
+    assert found["lesion_hd95"] == 374.0 and found["false_positives"] == 1.0
+    found = scan_scores(*two_lesions(), (2.0, 2.0, 2.0), EVERY, gli)
+    assert found["lesion_f1"] == pytest.approx(2 / 3) and found["lesion_sensitivity"] == 1.0
+    near = two_lesions()[1].copy()
+    near[0, 2, 2], near[16, 4, 4] = 0, 1  # beside the bar, and no voxel in common with the rest
+    near[8:16, 4, 4] = 0
+    isles = scan_scores(near, two_lesions()[1], (2.0, 2.0, 2.0), EVERY, RULES)
+    within = scan_scores(near, two_lesions()[1], (2.0, 2.0, 2.0), EVERY, gli)
+    assert (isles["lesion_sensitivity"], within["lesion_sensitivity"]) == (0.0, 1.0)
+
+
+EMPTY = {
+    "dice": 1.0, "nsd": 1.0, "hd95": 0.0, "volume_difference": 0.0, "lesion_f1": 1.0, "false_positives": 0.0,
+    "lesion_count_difference": 0.0, "lesion_dice": 1.0, "lesion_hd95": 0.0,
+}  # fmt: skip
+
+
+def test_empty_masks_follow_the_table() -> None:
+    _, truth = two_lesions()
+    none, diagonal = np.zeros_like(truth), math.sqrt(24**2 + 8**2 + 8**2)
+    one = (1.0, 1.0, 1.0)
+    assert scan_scores(none, none, one, EVERY, RULES) == EMPTY
+    assert scan_scores(truth, none, one, EVERY, RULES) == {
+        "dice": 0.0, "nsd": 0.0, "hd95": diagonal, "volume_difference": pytest.approx(0.009), "lesion_f1": 0.0,
+        "false_positives": 2.0, "lesion_count_difference": 2.0, "lesion_dice": 0.0, "lesion_hd95": 374.0,
+    }  # fmt: skip
+    assert scan_scores(none, truth, one, EVERY, RULES) == {
+        "dice": 0.0, "nsd": 0.0, "hd95": diagonal, "volume_difference": pytest.approx(0.009), "lesion_f1": 0.0,
+        "false_positives": 0.0, "lesion_count_difference": 2.0, "lesion_dice": 0.0, "lesion_hd95": 374.0,
+        "lesion_sensitivity": 0.0, "lesion_sensitivity:small": 0.0, "lesion_sensitivity:medium": 0.0,
+    }  # fmt: skip
+
+
+def test_an_unknown_voxel_size_leaves_out_what_needs_it() -> None:
+    found = scan_scores(*two_lesions(), None, EVERY, RULES)
+    assert {"nsd", "hd95", "volume_difference", "lesion_hd95", "lesion_sensitivity:small"}.isdisjoint(found)
+    assert found["lesion_f1"] == 0.5
+
+
+def test_several_labels_are_told_apart_and_averaged() -> None:
+    """The second label is in neither mask: its sensitivity is undefined, its Dice 1."""
+    found = scan_scores(*two_lesions(), (1.0, 1.0, 1.0), EVERY, replace(RULES, labels=("lesion", "core")))
+    assert found["dice"] == pytest.approx((8 / 14 + 1) / 2) and found["dice_core"] == 1.0
+    assert found["lesion_sensitivity"] == found["lesion_sensitivity_lesion"] == 0.5
+    assert "lesion_sensitivity_core" not in found and found["lesion_f1"] == 0.75
+
+
+def test_a_scan_that_failed_has_the_worst_score_whatever_the_truth() -> None:
+    _, truth = two_lesions()
+    for reference in (truth, np.zeros_like(truth)):
+        found = failed_scores(reference, (1.0, 1.0, 1.0), EVERY, RULES)
+        assert {found[name] for name in ("dice", "nsd", "lesion_f1", "lesion_dice")} == {0.0}
+        assert found["hd95"] == pytest.approx(math.sqrt(24**2 + 8**2 + 8**2)) and "false_positives" not in found
+
+
+# -- classes and outcomes -------------------------------------------------------------------------------------
+
+
+def test_youdens_threshold_by_hand() -> None:
+    """Positives at 0.6 and 0.8, negatives at 0.1 and 0.3: every threshold above 0.3 up to 0.6 is perfect."""
+    score = np.array([0.1, 0.3, 0.6, 0.8])
+    pair, targets = np.stack([1 - score, score], axis=1), np.array([0, 0, 1, 1])
+    threshold = youden_threshold(pair, targets)
+    assert threshold == pytest.approx(0.46)
+    assert sensitivity(pair, targets, 0.46) == specificity(pair, targets, 0.46) == 1
+    assert (sensitivity(pair, targets, 0.7), specificity(pair, targets, 0.2)) == (0.5, 0.5)
+    assert youden_threshold(pair[:2], targets[:2]) is None, "no positives"
+    assert youden_threshold(np.ones((4, 3)) / 3, targets) is None, "three classes"
+
+
+def test_the_reliability_curve_by_hand() -> None:
+    """Four patients are told 0.2, one of them is positive; one is told 1.0, and is. Wilson: 0.25 of 4."""
+    score = np.array([0.2, 0.2, 0.2, 0.2, 1.0])
+    pair, targets = np.stack([1 - score, score], axis=1), np.array([1, 0, 0, 0, 1])
+    first, last = reliability(pair, targets, 5)
+    assert (first.number, first.n, first.observed) == (2, 4, 0.25) and first.predicted == pytest.approx(0.2)
+    assert [first.low, first.high] == pytest.approx([0.0456, 0.6994], abs=1e-4)
+    assert (last.number, last.n, last.observed) == (5, 1, 1.0)
+    assert ece(pair, targets, 5) == pytest.approx(4 / 5 * 0.05)
+
+
+def test_cohorts_without_patients_or_with_one_class() -> None:
+    probabilities, targets = cohort(0)
+    none = probabilities[:0], targets[:0]
+    assert [metric(*none) for metric in (auprc, sensitivity, specificity, brier)] == [None] * 4
+    assert ece(*none, 10) is None and reliability(*none, 10) == []
+    same = probabilities[targets == 1], targets[targets == 1]
+    assert [metric(*same) for metric in (auprc, sensitivity, specificity)] == [None] * 3
+    assert brier(*same) is not None
+
+
+def test_the_concordance_index_equals_lifelines() -> None:
+    """Recorded from lifelines 0.30.3 (``concordance_index(time, -risk, event)``), which pins an older pandas."""
+    expected = [0.6660305344, 0.8152866242, 0.769005848, 0.6605839416, 0.6256281407, 0.64, 0.4955752212, 0.6881390593]
+    for seed, theirs in enumerate(expected):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(5, 40))
+        time, event = rng.integers(1, 15, n).astype(float), rng.random(n) < (1.0 if seed % 4 == 0 else 0.6)
+        risk = np.round(rng.normal(-time / 8, 1), 1 if seed % 2 else 6)
+        assert c_index(risk, time, event) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_the_concordance_index_where_no_pair_counts() -> None:
+    never = np.zeros(3, bool)
+    assert c_index(np.arange(3.0), np.arange(3.0), never) is None, "nobody had the event"
+    assert c_index(np.arange(3.0), np.arange(3.0), ~never) == 0.0, "the highest risk lives longest"
+    assert mean_absolute_error(np.array([1.0, 4.0]), np.array([2.0, 2.0])) == 1.5
+    assert mean_absolute_error(np.empty(0), np.empty(0)) is None

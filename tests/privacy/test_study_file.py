@@ -76,7 +76,7 @@ def test_byte_order_mark_of_windows_editors_is_accepted(tmp_path: Path) -> None:
         (
             '"zscore"',
             '"zscor"',
-            'toy.toml:10: data.normalise = "zscor": expected one of "zscore", "percentile", "none"; '
+            'toy.toml:10: data.normalise = "zscor": expected one of "zscore", "percentile", "none", "nyul", "window"; '
             'did you mean "zscore"?',
         ),
         (

@@ -35,9 +35,12 @@ def make_consortium(passphrase: Passphrase, root_passphrase: Passphrase) -> Call
     def make(folder: Path) -> Consortium:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sealed_keys, "_SCRYPT_N", 2**14)
-            ports = dict(zip(("guard", "enrolment", "renewal", "superlink"), free_ports(4), strict=True))
+            names = ("guard", "enrolment", "renewal", "superlink", "dashboard")
+            ports = dict(zip(names, free_ports(len(names)), strict=True))
+            web = {"port": ports.pop("dashboard")}
+            server = {"host": "localhost", "listen": "127.0.0.1"}
             settings = ServerSettings.model_validate(
-                {"consortium": {"name": "test"}, "server": {"host": "localhost", "listen": "127.0.0.1"}, "ports": ports}
+                {"consortium": {"name": "test"}, "server": server, "ports": ports, "dashboard": web}
             )
             made = create_consortium(folder, settings, root_passphrase, passphrase)
         (folder / ROOT_KEY).rename(folder.with_suffix(".root.json"))

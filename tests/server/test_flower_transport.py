@@ -83,6 +83,17 @@ def exchange(answers: dict[str, Answer], timeout: float = 0.3, kind: Any = "trai
     return {reply.site: reply for reply in replies}
 
 
+def test_an_exchange_is_cut_short() -> None:
+    """A answered, B never will: where enough have answered, B is not waited for to the end of the hour."""
+    grid, started = Nodes({"A": trained("A"), "B": lambda *_: None}), time.monotonic()
+    request = Request(kind="train", study=STUDY, round=1, arrays=ARRAYS)
+    transport = FlowerTransport(grid, cut=lambda: started + 0.2)  # type: ignore[arg-type]
+    replies = {reply.site: reply for reply in transport.exchange(dict.fromkeys("AB", request), 3600.0)}
+    assert isinstance(replies["A"], TrainReply)
+    assert isinstance(replies["B"], Refusal) and replies["B"].reason is Reason.TIMEOUT
+    assert time.monotonic() - started < 5
+
+
 def test_each_kind_of_reply_arrives() -> None:
     hello = says(lambda _: HelloReply(site="A", role=Role.TRAIN, public_size=5))
     assert isinstance(exchange({"A": hello}, kind="hello")["A"], HelloReply)

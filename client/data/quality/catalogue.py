@@ -145,7 +145,10 @@ CATALOGUE: Final[dict[str, Check]] = {
         "Stored in another order of axes than the rest", "Harmless if the header is right; a sign of a second converter.",
         "Compare one of these images with the viewer of the PACS, left and right above all."),
     "modality-swapped": _blocks(
-        "Looks like another modality", "The file was named after the wrong sequence.", "Rename the files."),
+        "Two modalities look exchanged", "Each of the two images is more like the other's name.", "Rename the files."),
+    "modality-unlike": _warns(
+        "Looks like another modality", "The file may be named after the wrong sequence, or the contrast agent missed.",
+        "Look at the image; rename it if it is another sequence."),
     "modality-copied": _blocks(
         "Two modalities hold the same image", "One was saved in place of the other.", "Export the missing one again."),
     "modality-missing": _warns(

@@ -174,7 +174,7 @@ def _modalities(images: list[Look]) -> Iterator[Finding]:
             if gain > ONE_WAY and i in odd and file not in told:
                 told.add(file)
                 words = f"{file.path.name}: like {other} rather than {what} (correlation {gain:.2f} higher)"
-                yield Finding("modality-swapped", (file.patient,), words)
+                yield Finding("modality-unlike", (file.patient,), words)
     for (patient, _, _), found in sorted(like.items()):
         for (what, other), (gain, above, look) in found.items():
             back = found.get((other, what))

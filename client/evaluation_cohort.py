@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From single patients to the exact metrics of a cohort, with 95 % intervals over patients.
+
+They do not leave as such: :mod:`.metric_release` decides what does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models import metrics as m
+from ..privacy.contract import Estimate
+from ..privacy.released import FAILURES, THRESHOLD, bin_name, uses_threshold
+from ..privacy.study import Study
+from .evaluation_patients import PatientResult
+
+__all__ = ["DEFAULT_THRESHOLD", "cohort_estimates", "failure_estimate", "own_threshold", "strata_estimates"]
+
+DEFAULT_THRESHOLD = 0.5
+"""Of sensitivity and specificity, where no training site gave one."""
+
+Rows = NDArray[np.intp]
+Results = Mapping[str, PatientResult]
+
+
+def cohort_estimates(study: Study, names: Sequence[str], results: Results, threshold: float) -> dict[str, Estimate]:
+    """The metrics ``names`` over all patients; those that are undefined are absent.
+
+    Args:
+        study: the study.
+        names: out of its metrics.
+        results: of every evaluated patient.
+        threshold: of sensitivity and specificity, with two classes.
+    """
+    if study.task.kind == "segmentation":
+        keys = dict.fromkeys(key for result in results.values() for key in result.scores)
+        found = {key: _mean(study, [r.scores[key] for r in results.values() if key in r.scores]) for key in keys}
+        return {key: estimate for key, estimate in found.items() if estimate is not None}
+    found = {name: _statistic(study, name, list(results.values()), threshold) for name in names}
+    exact = {name: estimate for name, estimate in found.items() if estimate is not None}
+    if "reliability" in names:
+        exact |= _curve(study, results)
+    return exact
+
+
+def failure_estimate(study: Study, results: Results) -> dict[str, Estimate]:
+    """The share of patients on whom inference failed; empty where it never did."""
+    failed = [float(bool(result.failure)) for result in results.values()]
+    estimate = _mean(study, failed) if any(failed) else None
+    return {FAILURES: estimate} if estimate else {}
+
+
+def own_threshold(study: Study, results: Results) -> dict[str, Estimate]:
+    """The threshold that suits these patients best, where the study needs one and both classes are there."""
+    if not uses_threshold(study) or not results:
+        return {}
+    value = m.youden_threshold(*_arrays(list(results.values())))
+    return {} if value is None else {THRESHOLD: Estimate(mean=value, low=value, high=value, n=len(results))}
+
+
+def strata_estimates(
+    study: Study, results: Results, cells: Mapping[str, Mapping[str, str]], threshold: float
+) -> dict[str, Estimate]:
+    """The first metric of the study in every cell that holds a patient, by ``<metric>:<stratum>:<cell>``."""
+    name, found = study.metric_names[0], dict[str, Estimate]()
+    for stratum, of_patient in cells.items():
+        for cell in dict.fromkeys(of_patient.values()):
+            inside = [results[patient] for patient, own in of_patient.items() if own == cell]
+            if study.task.kind == "segmentation":
+                estimate = _mean(study, [r.scores[name] for r in inside if name in r.scores])
+            else:
+                estimate = _statistic(study, name, inside, threshold)
+            if estimate is not None:
+                found[f"{name}:{stratum}:{cell}"] = estimate
+    return found
+
+
+def _mean(study: Study, values: Sequence[float]) -> Estimate | None:
+    if not values:
+        return None
+    mean, low, high = m.bootstrap_interval(
+        np.array(values), resamples=study.evaluation.bootstrap, seed=study.study.seed
+    )
+    return Estimate(mean=mean, low=low, high=high, n=len(values))
+
+
+def _statistic(study: Study, name: str, results: Sequence[PatientResult], threshold: float) -> Estimate | None:
+    statistics: Mapping[str, Callable[[NDArray[np.float64], NDArray[np.int64]], float | None]] = {
+        "accuracy": m.accuracy,
+        "auroc": m.auroc,
+        "auprc": m.auprc,
+        "sensitivity": lambda p, t: m.sensitivity(p, t, threshold),
+        "specificity": lambda p, t: m.specificity(p, t, threshold),
+        "brier": m.brier,
+        "ece": lambda p, t: m.ece(p, t, study.evaluation.bins),
+    }
+    if name not in statistics or not results:
+        return None
+    p, t = _arrays(results)
+    interval = m.bootstrap(
+        lambda rows: statistics[name](p[rows], t[rows]),
+        len(t),
+        resamples=study.evaluation.bootstrap,
+        seed=study.study.seed,
+    )
+    return None if interval is None else Estimate(mean=interval[0], low=interval[1], high=interval[2], n=len(t))
+
+
+def _arrays(results: Sequence[PatientResult]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    probabilities = [result.probability for result in results if result.probability is not None]
+    return np.array(probabilities), np.array([result.target for result in results])
+
+
+def _curve(study: Study, results: Results) -> dict[str, Estimate]:
+    if not results:
+        return {}
+    found = {}
+    for point in m.reliability(*_arrays(list(results.values())), study.evaluation.bins):
+        predicted = point.predicted
+        found[bin_name("predicted", point.number)] = Estimate(mean=predicted, low=predicted, high=predicted, n=point.n)
+        found[bin_name("observed", point.number)] = Estimate(
+            mean=point.observed, low=point.low, high=point.high, n=point.n
+        )
+    return found

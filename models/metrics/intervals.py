@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""95 % percentile-bootstrap intervals whose resampling unit is the patient (Efron 1979)."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Interval", "bootstrap", "bootstrap_interval"]
+
+Interval = tuple[float, float, float]
+"""Value, lower and upper end of its 95 % interval."""
+
+_CHUNK = 1 << 20  # resampled indices held at a time: 8 MiB
+_MIN_DEFINED = 0.5  # share of resamples in which a statistic must be defined
+
+
+def bootstrap_interval(values: NDArray[np.floating], *, resamples: int, seed: int) -> Interval:
+    """Mean over patients and its 95 % percentile-bootstrap interval.
+
+    Args:
+        values: ``(N,)``, one finite number per patient, N at least 1.
+        resamples: bootstrap resamples, at least 1.
+        seed: seed of the resampling; the same seed gives the same interval.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("a bootstrap interval needs at least one patient")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, _CHUNK // n)
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        means[start:stop] = values[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
+    return _percentiles(float(values.mean()), means)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp]], float | None], n: int, *, resamples: int, seed: int
+) -> Interval | None:
+    """A cohort statistic and its 95 % percentile-bootstrap interval over patients.
+
+    Args:
+        statistic: from the row numbers of the chosen patients ``(n,)`` to the statistic, or None where undefined.
+        n: patients, at least 1.
+        resamples: bootstrap resamples, at least 1.
+        seed: seed of the resampling.
+
+    Returns:
+        The interval, over the resamples in which the statistic is defined; None where it is undefined for the
+        cohort itself or in half of the resamples or more.
+    """
+    value = statistic(np.arange(n)) if n else None
+    if value is None:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.integers(0, n, size=n)) for _ in range(resamples)]
+    defined = np.array([x for x in drawn if x is not None])
+    if len(defined) <= _MIN_DEFINED * resamples:
+        return None
+    return _percentiles(value, defined)
+
+
+def _percentiles(value: float, draws: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return value, float(low), float(high)

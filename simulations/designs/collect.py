@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the folders of a design to :class:`fedneuro.server.statistics.evidence.Judged`: who was judged by which model.
+
+Reads the files ``patient-scores.json`` alone, so evidence can be built again at any time, and of a design that is not
+finished; what is missing is told in a note.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...client.patient_scores import FILE
+from ...models.metrics import METRICS, higher_is_better
+from ...server.statistics.evidence import INSIDE, OURS, Judged
+from ...server.statistics.strata import Traits
+from .links import read_index
+from .plan import Fold, Plan
+
+__all__ = ["TITLES", "gather", "main_metric_of", "more_is_better"]
+
+TITLES: Mapping[str, str] = {
+    OURS: "federated",
+    INSIDE: "federated, where the site trained",
+    "pooled": "pooled training",
+    "untrained": "before training",
+    "majority": "majority class",
+    "fine-tuned": "fine-tuned at the site",
+    "no-privacy": "federated without privacy",
+    "previous": "previous release",
+}
+
+Scores = dict[str, dict[str, dict[str, dict[str, dict[str, list[float | None]]]]]]
+"""Metric: seed: model: hospital: patient: values, one per fold."""
+
+
+def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) -> Judged:
+    """Everything that the design's folders hold on patients.
+
+    Args:
+        plan: the design.
+        traits: of patients, for strata.
+        majority: class that most training patients have, by fold.
+    """
+    scores: Scores = {}
+    notes: list[str] = []
+    missing: list[str] = []
+    done: set[Path] = set()
+    for fold in plan.folds:
+        for model, path, hospital, index in _places(plan, fold):
+            if path in done:
+                continue
+            done.add(path)
+            patients = _read(path, model, hospital or "the pool", notes, missing)
+            if failed := sum("failures" in values for values in patients.values()):
+                what = f"{failed} of {len(patients)} patients; they count with the worst value"
+                notes.append(f"{TITLES.get(model, model)} at {hospital or 'the pool'}: inference failed on {what}")
+            for patient, values in patients.items():
+                site, own = index.get(patient, (hospital, patient)) if index or not hospital else (hospital, patient)
+                _add(scores, fold.seed, model, site, own, values)
+                if model == OURS and "majority" in plan.compare.kinds and "class" in values:
+                    guess = majority.get(fold.name)
+                    right = None if guess is None else float(values["class"] == guess)
+                    _add(scores, fold.seed, "majority", site, own, {"accuracy": right})
+    if missing:
+        text = f"not judged yet, or they could not be ({len(missing)}): {'; '.join(missing)}"
+        notes.append(f"{text}; the same command goes on")
+    hospitals = _hospitals(plan)
+    found = {model for seeds in scores.values() for tables in seeds.values() for model in tables}
+    titles = {OURS: TITLES[OURS]}
+    titles |= {f"local: {h}": f"local, {h} alone" for h in hospitals if f"local: {h}" in found}
+    titles |= {model: title for model, title in TITLES.items() if model in found and model not in titles}
+    if "majority" in plan.compare.kinds and any(guess is None for guess in majority.values()):
+        notes.append("majority class: unknown in a fold, as participants.tsv of the training hospitals names no class")
+    heldout = [fold.hospital[name] for fold in plan.folds for name in fold.tests]
+    return Judged(
+        metrics={
+            metric: [_averaged(tables) for _, tables in sorted(seeds.items())] for metric, seeds in scores.items()
+        },
+        titles=titles,
+        sites=[*dict.fromkeys(heldout), *(h for h in hospitals if h not in heldout)],
+        main=main_metric_of(plan, set(scores)),
+        better={metric: more_is_better(metric) for metric in scores},
+        traits=traits,
+        heldout=list(dict.fromkeys(heldout)),
+        notes=notes,
+    )
+
+
+def main_metric_of(plan: Plan, known: set[str]) -> str:
+    """The metric of the headline: the selecting one where single patients have it, else the first that they have."""
+    wanted = [plan.study.select_metric, *plan.study.metric_names, "accuracy", *sorted(known)]
+    return next((metric for metric in wanted if metric in known), plan.study.metric_names[0])
+
+
+def more_is_better(metric: str) -> bool:
+    """Direction of a metric or of one of its labels (``dice_anterior``)."""
+    base = max((name for name in METRICS if metric == name or metric.startswith(f"{name}_")), key=len, default="")
+    return higher_is_better.get(base, True)
+
+
+Place = tuple[str, Path, str, Mapping[str, tuple[str, str]]]
+"""Model, file, hospital (empty: the index says), index of linked patients."""
+
+
+def _places(plan: Plan, fold: Fold) -> Iterator[Place]:
+    """Where a fold's values are."""
+    federations = [(OURS, INSIDE, plan.federation(fold).folder)]
+    if "no-privacy" in plan.compare.kinds:
+        federations.append(("no-privacy", "", plan.unprotected(fold).folder))
+    for model, inside, folder in federations:
+        for name in fold.tests:
+            yield model, _file(folder, name), fold.hospital[name], {}
+        where = model if plan.design == "run" else inside
+        for name in fold.train if where else ():
+            yield where, _file(folder, name), name, {}
+    yield from _own_places(plan, fold)
+    for of, model, task in plan.scores():
+        if of is fold:
+            for name in task.sites:
+                yield model, _file(task.folder, name), fold.hospital.get(name, name), {}
+
+
+def _own_places(plan: Plan, fold: Fold) -> Iterator[Place]:
+    """Validation patients of the comparators' own runs."""
+    kinds = plan.compare.kinds
+    if "local" in kinds and plan.design != "cv":
+        for name in fold.train:
+            yield f"local: {name}", _file(plan.local(fold, name).folder, name), name, {}
+    if "pooled" in kinds and plan.design == "run":
+        yield "pooled", _file(plan.pooled(fold).folder, "pooled"), "", read_index(plan.pool(fold))
+    if "fine-tuned" in kinds and plan.federation(fold).done():
+        for name in plan.whole(fold):
+            yield "fine-tuned", _file(plan.fine_tuned(fold, name).folder, name), name, {}
+
+
+def _file(folder: Path, site: str) -> Path:
+    return folder / "sites" / site / FILE
+
+
+def _read(path: Path, model: str, hospital: str, notes: list[str], missing: list[str]) -> dict[str, dict[str, Any]]:
+    """Patients' values; a note and none where the file is missing, cut or of another schema."""
+    what = f"{model} at {hospital}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        missing.append(what)
+        return {}
+    except ValueError:
+        notes.append(f"{what}: {path} is cut or no JSON; remove {path.parents[2]}, and the same command makes it again")
+        return {}
+    if not isinstance(found, dict) or found.get("schema_version") != 1 or not isinstance(found.get("patients"), dict):
+        notes.append(
+            f"{what}: {path} is of another schema; remove {path.parents[2]}, and the same command makes it again"
+        )
+        return {}
+    patients: dict[str, dict[str, Any]] = found["patients"]
+    if not patients:
+        notes.append(f"{what}: no patient was judged")
+    return patients
+
+
+def _add(scores: Scores, seed: int, model: str, site: str, patient: str, values: Mapping[str, float | None]) -> None:
+    for metric, value in values.items():
+        if metric not in ("class", "failures") and not metric.startswith("probability_"):
+            table = scores.setdefault(metric, {}).setdefault(f"{seed:010d}", {}).setdefault(model, {})
+            table.setdefault(site, {}).setdefault(patient, []).append(value)
+
+
+def _averaged(
+    tables: Mapping[str, Mapping[str, Mapping[str, list[float | None]]]],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """A patient's value over folds: their mean; None if one of them is not finite."""
+    return {
+        model: {
+            site: {patient: _mean(values) for patient, values in patients.items()} for site, patients in sites.items()
+        }
+        for model, sites in tables.items()
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _hospitals(plan: Plan) -> list[str]:
+    names = [name for fold in plan.folds for name in [*fold.train, *fold.hospital.values()]]
+    return sorted(dict.fromkeys(names))

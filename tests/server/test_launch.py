@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study over real processes as a coordinator types it: launch, a ServerApp that is killed, resume, the same bits.
+
+``fedneuro-server start`` behind its guard, two hospitals that enrolled, each with ``fedneuro-node start`` and a policy
+that trusts the coordinator's key. What goes wrong besides is in ``test_app.py``, ``test_run_view.py`` and
+``test_rounds_faults.py``, over transports of this process; ``fedneuro-sim bench chaos-run`` kills all of them in turn.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from fedneuro.client.enrolment import enrol
+from fedneuro.client.node_init import Answers, init_node
+from fedneuro.models.state import digest
+from fedneuro.privacy.contract import Role
+from fedneuro.privacy.errors import FedNeuroError
+from fedneuro.privacy.study import Study
+from fedneuro.privacy.study_file import load_study
+from fedneuro.privacy.study_words import describe
+from fedneuro.server import cli
+from fedneuro.server.consortium import Consortium
+from fedneuro.server.control import Control
+from fedneuro.server.invitations import invite
+from fedneuro.server.rounds import run_study
+from fedneuro.server.run_folder import find_run
+from fedneuro.server.run_view import RunView, view_run
+from fedneuro.server.store import RunStore
+from fedneuro.simulations.benchmarks.rounds import write_tiny_site
+from fedneuro.simulations.engines.inprocess import InProcessTransport
+from fedneuro.simulations.sites import find_sites, site_settings
+from tests.bids import make_study
+from tests.server.conftest import PASSPHRASE, free_ports
+
+pytestmark = pytest.mark.deployment
+
+BIN = Path(sys.executable).parent
+SITES = ("north", "south")
+ENV = {**os.environ, "FEDNEURO_PASSPHRASE": PASSPHRASE}
+ROUNDS = 8
+
+
+def study_of(name: str, **strategy: object) -> Study:
+    return make_study(
+        study={"name": name},
+        training={"rounds": ROUNDS, "local_steps": 2, "local_epochs": 0, "batch_size": 2, "device": "cpu"},
+        evaluation={"every": 0, "bootstrap": 100, "previews": 0},
+        strategy=strategy,
+    )
+
+
+@dataclass
+class Deployment:
+    """The coordinator, two hospitals, and what a person types."""
+
+    consortium: Consortium
+    server: "subprocess.Popen[str]"
+    nodes: dict[str, "subprocess.Popen[bytes]"]
+    base: Path
+
+    def call(self, *words: str, rc: int = 0) -> str:
+        """``fedneuro-server``; what it printed, and the error with which it ended."""
+        command = [*words, "--config", str(self.consortium.folder)]
+        done = CliRunner().invoke(cli.app, command, standalone_mode=False, env=ENV)
+        code = done.exception.exit_code if isinstance(done.exception, FedNeuroError) else done.exit_code
+        assert code == rc, f"{words}: {code} {done.exception!r}\n{done.output}"
+        assert "\n" not in str(done.exception)
+        return f"{done.output}\n{done.exception or ''}"
+
+    def view(self, run: str) -> RunView:
+        return view_run(find_run(self.consortium.folder / "runs", run))
+
+    def runner(self) -> psutil.Process:
+        children = psutil.Process(self.server.pid).children(recursive=True)
+        return next(child for child in children if "fedneuro.server.runner:main" in " ".join(child.cmdline()))
+
+    def write(self, study: Study) -> str:
+        path = self.base / f"{study.study.name}.toml"
+        path.write_text(describe(study))
+        assert load_study(path).hash == study.hash
+        return str(path)
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    tmp_path_factory: pytest.TempPathFactory, make_consortium: Callable[[Path], Consortium]
+) -> Iterator[Deployment]:
+    if shutil.which("nginx") is None:
+        text = "nginx is not installed (apt-get install nginx-light): the guard cannot be tried"
+        if os.environ.get("CI") == "true":
+            pytest.fail(text)
+        pytest.skip(text)
+    base = tmp_path_factory.mktemp("deployment")
+    consortium = make_consortium(base / "c")
+    command = [str(BIN / "fedneuro-server"), "start", "--config", str(consortium.folder), "--no-dashboard"]
+    with (base / "start.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENV)
+    nodes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for seed, name in enumerate(SITES):
+            write_tiny_site(base / "sites" / name, seed=seed)
+        assert server.stdout is not None and "is up" in server.stdout.readline(), (base / "start.log").read_text()
+        for name, port in zip(SITES, free_ports(2), strict=True):
+            nodes[name] = start_node(consortium, base, name, port)
+        control = Control(f"127.0.0.1:{consortium.settings.ports.superlink}", consortium.folder / "ca" / "root.crt")
+        with closing(control):
+            wait_for("both hospitals online", lambda: control.online() >= set(SITES))
+        yield Deployment(consortium, server, nodes, base)
+    finally:
+        processes: list[subprocess.Popen[Any]] = [*nodes.values(), server]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(30)
+
+
+def start_node(consortium: Consortium, base: Path, name: str, port: int) -> "subprocess.Popen[bytes]":
+    folder = base / "nodes" / name
+    answers = Answers(name=name, role=Role.TRAIN, public_size=10, data=base / "sites" / name, port=port)
+    init_node(folder, answers)
+    policy = folder / "policy.toml"
+    rule = f'\n[[studies.rules]]\ncoordinator = "{consortium.study_key}"\ntasks = ["segmentation"]\n'
+    rule += f'datasets = ["{name}"]\nmodes = ["none"]\n'
+    text = policy.read_text().replace("\n[grant]", f"{rule}\n[grant]")
+    policy.write_text(text.replace('modes = ["local", "distributed"]', 'modes = ["none"]'))
+    enrol(invite(consortium, name, Role.TRAIN, timedelta(hours=1))[0], folder / "node.toml")
+    with (folder / "start.log").open("wb") as log:
+        return subprocess.Popen([BIN / "fedneuro-node", "start", "--config", folder / "node.toml"], stderr=log)
+
+
+def wait_for(what: str, done: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+def undisturbed(study: Study, base: Path) -> str:
+    """Digest of the model that the same study gives in one process."""
+    settings = site_settings(study, find_sites(base / "sites"), base / "simulated")
+    store = RunStore.create(base / "simulated", study, engine="inprocess")
+    with closing(store), InProcessTransport(settings) as transport:
+        run_study(study, transport, store, lambda _: None)
+        return digest(store.groups(ROUNDS)["model"])
+
+
+def test_a_killed_serverapp_is_resumed_to_the_same_bits(deployment: Deployment) -> None:
+    study = study_of("killed")
+    said = deployment.call("launch", deployment.write(study))
+    assert said.count("joins") == 2 and "started, 2 of 2 sites, 8 rounds" in said
+    runner = deployment.runner()
+    wait_for("two rounds", lambda: len(deployment.view("killed-1").history) > 2)
+    runner.kill()
+    wait_for("the loss is seen", lambda: deployment.view("killed-1").status == "interrupted", 5)
+    reached = deployment.view("killed-1").round
+    assert 2 <= reached < ROUNDS
+    said = deployment.call("watch", "killed-1", rc=5)
+    assert "its process ended without a word; fedneuro-server logs killed-1" in said
+    deployment.call("resume", "killed-1")
+    deployment.call("watch", "killed-1")
+    view = deployment.view("killed-1")
+    assert (view.status, view.selected_round, view.who) == ("complete", ROUNDS, "2 of 2 sites")
+    with closing(RunStore.load(view.folder)) as store:
+        assert [record.round for record in store.rounds()] == list(range(ROUNDS + 1))
+        assert not any(record.refusals for record in store.rounds())
+        assert digest(store.groups(ROUNDS)["model"]) == undisturbed(study, deployment.base)
+    lines = deployment.call("logs", "killed-1").splitlines()
+    assert sum("started: north, south train" in line for line in lines) == 2
+    assert f"rounds {reached} to {ROUNDS}, goes on after round" in "".join(lines)
