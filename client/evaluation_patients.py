@@ -139,7 +139,8 @@ def _classified(
         wrong[result.target] = 0.0
         result.probability = wrong
         return result
-    result.probability = np.mean(per_scan, axis=0)
+    probability: NDArray[np.float64] = np.mean(per_scan, axis=0)
+    result.probability = probability
     if see:
-        see(patient, scans[0], result.probability, {})
+        see(patient, scans[0], probability, {})
     return result

@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -240,4 +240,5 @@ def _rank_correlation(first: Map, second: Map) -> float:
 
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(spearmanr(first.ravel(), second.ravel()).statistic)
+    found: Any = spearmanr(first.ravel(), second.ravel())
+    return float(found.statistic)

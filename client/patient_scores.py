@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values of single patients in the final evaluation: a file in the site's own folder, for the site's own eyes.
 
-Nothing here is sent: no message of :mod:`fedneuro.privacy.contract` has a place for it. In a simulation the site's folder
-lies on the researcher's machine, who owns the data, and paired tests and pooled intervals are computed from it
+Nothing here is sent: no message of :mod:`fedneuro.privacy.contract` has a place for it. In a simulation the site's
+folder lies on the researcher's machine, who owns the data, and paired tests and pooled intervals are computed from it
 (:mod:`fedneuro.server.statistics`).
 """
 

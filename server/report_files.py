@@ -58,7 +58,7 @@ def table_csv(evidence: Json) -> str:
     compared = {(row["model"], row["site"]): row for row in evidence["comparisons"]}
     scored = {(row["model"], row["site"], row["metric"]) for row in evidence["scores"]}
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table: csv.DictWriter[str] = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     for row in evidence["scores"]:
         low, high = row["ci95"] or ("", "")

@@ -205,7 +205,7 @@ class Supervisor:
     def _start_dashboard(self) -> None:
         arguments = ["--home", str(self._consortium.folder)]
         # What browsers reach needs no passphrase.
-        unsaid = dict.fromkeys(("FEDNEURO_PASSPHRASE", "FEDNEURO_ROOT_PASSPHRASE"), "")
+        unsaid: dict[str, str] = dict.fromkeys(("FEDNEURO_PASSPHRASE", "FEDNEURO_ROOT_PASSPHRASE"), "")
         self._processes.start("dashboard", "fedneuro.server.dashboard.serve:main", arguments, unsaid)
 
     def _start_guard(self) -> None:

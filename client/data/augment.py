@@ -8,10 +8,10 @@ patients, as patient-level privacy needs. Voxels that are exactly 0, background 
 intensity changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,10 @@ def augment(
         label = None if label is None else label.flip(axes)
     if how != "light":
         patch, seed = tuple(image.shape[1:]), int(rng.integers(2**32))
-        chain = _custom(patch, label is not None, table) if how == "custom" else _standard(patch, label is not None)
+        if how == "custom":
+            chain = _custom(patch, label is not None, cast("Hashable", table))  # frozen, which type checkers cannot see
+        else:
+            chain = _standard(patch, label is not None)
         image, label = _changed(image, label, *chain, seed)
     return image, label
 

@@ -55,6 +55,7 @@ def build_entries(
     """
     context = _context(study)
     found: dict[ScanFiles, Built] = {}
+    files: ScanFiles | None = None
     pool = ProcessPoolExecutor(
         min(workers, len(scans)) or 1,
         mp_context=context,
@@ -62,7 +63,7 @@ def build_entries(
         initargs=(study.canonical, folder, limit, since),
     )
     try:
-        waiting = {pool.submit(_build, files): files for files in scans}
+        waiting = {pool.submit(_build, scan): scan for scan in scans}
         for done in as_completed(waiting):
             files = waiting.pop(done)
             try:
@@ -72,8 +73,9 @@ def build_entries(
             if progress:
                 progress(len(found), len(scans))
     except BrokenProcessPool as error:
+        where = f"{files.name}: " if files else ""  # without one: it died before all were handed out
         raise EnvironmentProblem(
-            f"{files.name}: a process that prepared scans was ended, perhaps for memory; use fewer --workers"
+            f"{where}a process that prepared scans was ended, perhaps for memory; use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -104,7 +104,8 @@ def find_lesions(
     box = box_of(either, rule.margin + 1)
     prediction, reference = prediction[box], reference[box]
     every = ndimage.generate_binary_structure(prediction.ndim, prediction.ndim)
-    parts, predicted = ndimage.label(prediction, every)
+    labelled: Any = ndimage.label(prediction, every)
+    parts, predicted = labelled
     lesions, count = _lesions(reference, rule, every)
     sizes = np.bincount(parts.ravel(), minlength=predicted + 1)
     voxel = float(np.prod(spacing)) if spacing is not None else 1.0
@@ -193,7 +194,8 @@ def _lesions(reference: Mask, rule: LesionRule, every: Mask) -> tuple[NDArray[np
     """Number of the lesion that each voxel of the reference belongs to, and how many there are."""
     from scipy import ndimage
 
-    together, count = ndimage.label(_grown(reference, rule.margin), every)
+    labelled: Any = ndimage.label(_grown(reference, rule.margin), every)
+    together, count = labelled
     return together * reference, count
 
 
@@ -203,7 +205,7 @@ def _grown(mask: Mask, margin: int) -> Mask:
     from scipy import ndimage
 
     structure = ndimage.generate_binary_structure(mask.ndim, min(2, mask.ndim))
-    grown: Mask = ndimage.binary_dilation(mask, structure, iterations=margin)
+    grown: Mask = np.asarray(ndimage.binary_dilation(mask, structure, iterations=margin), np.bool_)
     return grown
 
 

@@ -127,7 +127,8 @@ def test_what_killed_processes_left_is_removed_after_an_hour(tmp_path: Path) -> 
     stale, fresh = tmp_path / "ab/.new-1", tmp_path / "ab/.new-2"
     for path, age in ((stale, 4000), (fresh, 10)):
         path.write_bytes(b"half")
-        os.utime(path, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(path, (then, then))
     ScanCache(tmp_path).save(key(1), scan(1))
     assert not stale.exists() and fresh.exists()
 

@@ -24,8 +24,9 @@ from fedneuro.privacy.errors import DataError
 from fedneuro.simulations.benchmarks.fuzz import HANG_SECONDS, READERS, bench_fuzz, changed, sound_files
 
 EXAMPLES = int(os.environ.get("FEDNEURO_FUZZ_EXAMPLES", "100"))
+EVERY_CHECK: Any = list(HealthCheck)
 longer = settings(
-    max_examples=EXAMPLES, deadline=HANG_SECONDS * 1000, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=EXAMPLES, deadline=HANG_SECONDS * 1000, suppress_health_check=EVERY_CHECK, derandomize=True
 )
 pytestmark = pytest.mark.filterwarnings("ignore")
 CORPUS = {reader: sound_files(reader) for reader in READERS}

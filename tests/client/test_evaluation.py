@@ -136,7 +136,8 @@ def test_a_failed_patient_is_wrong_about_every_class(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     arrays = dict(initial_arrays(study)["model"])
     first = next(iter(arrays))
-    arrays[first] = arrays[first] * 1000  # its norm takes that out again, but for an image that is beyond all bounds
+    weights: Any = arrays[first]
+    arrays[first] = weights * 1000  # its norm takes that out again, but for an image that is beyond all bounds
     assert evaluate(settings, study, arrays=arrays)["failures"].mean == pytest.approx(1 / 6)
     kept = json.loads((settings.state / "patient-scores.json").read_text())["patients"]["sub-P001"]
     assert (kept["accuracy"], kept["class"], kept["probability_0"], kept["probability_1"]) == (0.0, 0.0, 0.0, 1.0)

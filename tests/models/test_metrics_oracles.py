@@ -8,6 +8,7 @@ kind of :data:`KINDS` comes in turn: empty, full, at the border, one voxel, thic
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,13 +98,14 @@ def cases() -> Iterator[Case]:
 
 
 def surface(mask: Mask) -> Mask:
-    edge: Mask = mask & ~ndimage.binary_erosion(mask)
+    edge: Mask = mask & ~np.asarray(ndimage.binary_erosion(mask), np.bool_)
     return edge
 
 
 def to_surface(mask: Mask, other: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
     """Distance of each surface voxel of ``mask`` to the surface of ``other``, by SciPy's exact distance transform."""
-    distances: NDArray[np.float64] = ndimage.distance_transform_edt(~surface(other), sampling=spacing)[surface(mask)]
+    everywhere: Any = ndimage.distance_transform_edt(~surface(other), sampling=spacing)
+    distances: NDArray[np.float64] = everywhere[surface(mask)]
     return distances
 
 
@@ -170,11 +172,14 @@ def area_weighted_hd95(mine: Mask, truth: Mask, spacing: tuple[float, ...]) -> f
     table, _ = get_code_to_measure_table(list(spacing))  # type: ignore[no-untyped-call]
     powers = 2 ** np.arange(7, -1, -1).reshape(2, 2, 2)
     # Each element lies between eight voxels; a correlation on an image that is one voxel wider sees all of them.
-    codes = [ndimage.correlate(np.pad(mask.astype(int), 1), powers, mode="constant") for mask in (mine, truth)]
+    codes: list[Any] = [
+        ndimage.correlate(np.pad(mask.astype(int), 1), powers, mode="constant") for mask in (mine, truth)
+    ]
     borders = [(code > 0) & (code < 255) for code in codes]
     percentiles = []
     for own, other in ((0, 1), (1, 0)):
-        distance = ndimage.distance_transform_edt(~borders[other], sampling=spacing)[borders[own]]
+        everywhere: Any = ndimage.distance_transform_edt(~borders[other], sampling=spacing)
+        distance = everywhere[borders[own]]
         area = np.asarray(table)[codes[own][borders[own]]].astype(np.float64)
         order = np.lexsort((area, distance))
         share = np.cumsum(area[order]) / area.sum()
@@ -198,7 +203,7 @@ def brats(prediction: Mask, reference: Mask, spacing: tuple[float, ...], rule: L
     near = ndimage.generate_binary_structure(3, 2)
 
     def grown(mask: Mask) -> Mask:
-        wide: Mask = ndimage.binary_dilation(mask, near, iterations=rule.margin)
+        wide: Mask = np.asarray(ndimage.binary_dilation(mask, near, iterations=rule.margin), np.bool_)
         return wide
 
     seen, taken = components(prediction), set[int]()
@@ -337,9 +342,9 @@ def test_a_wrong_definition_would_be_noticed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         six = ndimage.generate_binary_structure(3, 1)
+        label: Any = ndimage.label
         differ = sum(
-            ndimage.label(prediction, six)[1]
-            != find_lesions(prediction, reference, None, LESION_RULES["isles-2022"]).predicted
+            label(prediction, six)[1] != find_lesions(prediction, reference, None, LESION_RULES["isles-2022"]).predicted
             for prediction, reference, _ in cases()
         )
         margins = sum(

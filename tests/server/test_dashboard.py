@@ -250,7 +250,7 @@ def test_metrics_for_prometheus(consortium: Consortium, browse: Callable[..., Te
 def test_hostile_names_are_shown_not_run(consortium: Consortium, browse: Callable[..., TestClient]) -> None:
     enrolled(consortium, EVIL[:60])
     consortium.registry.note("restarted", EVIL[:60], EVIL)
-    description = {"study": {"name": "t", "description": EVIL}}
+    description: dict[str, dict[str, object]] = {"study": {"name": "t", "description": EVIL}}
     run = Staged(consortium.folder / "runs", {EVIL: "heldout", "&lt;b&gt;" + EVIL: "train"}, **description)
     with run.folder.hold():
         run.begin()
@@ -282,7 +282,11 @@ def test_only_this_machines_names(consortium: Consortium, browse: Callable[..., 
 def test_a_form_counts_only_from_our_own_page(consortium: Consortium, browse: Callable[..., TestClient]) -> None:
     run = Staged(consortium.folder / "runs", SITES)
     client, name = browse(consortium.folder), run.folder.name
-    stop, asked = f"/runs/{name}/stop", lambda: run.folder.stop_requested
+    stop = f"/runs/{name}/stop"
+
+    def asked() -> str | None:
+        return run.folder.stop_requested
+
     with run.folder.hold():
         run.begin()
         cookie = client.get(f"/runs/{name}").headers["set-cookie"]
