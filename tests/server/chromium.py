@@ -64,6 +64,7 @@ class Chromium:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
+        self._call("Page.bringToFront")  # a page in the background paints nothing
         return self
 
     def __exit__(self, *_: object) -> None:
