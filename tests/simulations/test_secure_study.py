@@ -21,7 +21,7 @@ from fedneuro.server.store import RunStore
 from fedneuro.simulations.benchmarks.rounds import write_tiny_site
 from fedneuro.simulations.benchmarks.secagg import bench_secagg
 from fedneuro.simulations.engines.inprocess import InProcessTransport
-from fedneuro.simulations.run import Engine, Simulation, finish
+from fedneuro.simulations.run import Simulation, finish
 from fedneuro.simulations.sites import find_sites, site_settings
 from tests.bids import make_study
 
@@ -74,12 +74,7 @@ def test_a_study_with_a_lost_hospital_ends_and_its_report_says_what_was_promised
 
 
 @pytest.mark.deployment
-@pytest.mark.parametrize("engine", ["ray", "deployment"])
-def test_the_three_exchanges_of_a_round_travel_as_real_messages(
-    engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if engine == "ray":
-        request.getfixturevalue("alone_with_ray")
+def test_the_three_exchanges_of_a_round_travel_as_real_messages(tmp_path: Path) -> None:
     for seed, name in enumerate(("east", "lake", "north", "west")):
         write_tiny_site(tmp_path / "sites" / name, seed=seed, patients=5)
     run = Simulation(
