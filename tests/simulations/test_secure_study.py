@@ -77,10 +77,8 @@ def test_a_study_with_a_lost_hospital_ends_and_its_report_says_what_was_promised
 def test_the_three_exchanges_of_a_round_travel_as_real_messages(tmp_path: Path) -> None:
     for seed, name in enumerate(("east", "lake", "north", "west")):
         write_tiny_site(tmp_path / "sites" / name, seed=seed, patients=5)
-    run = Simulation(
-        study=study_of(tolerate=0), sites=tmp_path / "sites", out=tmp_path / "out", engine=engine, workers=2
-    )
-    results = run.run()
+    study = study_of(tolerate=0)
+    results = Simulation(study=study, sites=tmp_path / "sites", out=tmp_path / "out", engine="deployment").run()
     assert results["status"] == "complete"
     assert [record["refusals"] for record in results["rounds"]] == [{}] * len(results["rounds"])
     epsilon = results["privacy"]["epsilon"]
