@@ -139,17 +139,23 @@ def ring(secret: Path) -> None:
         bell.sendto(b"!", _bell_name(secret))
 
 
+PART_TRIES = 40
+"""Looks for one part of a message: about five minutes."""
+
+
 def quicken_transfers(first_pause: float = 0.02) -> None:
     """Look for a part of a message that is still on its way after ``first_pause`` seconds, not after one second.
 
     A message is announced before its parts are sent, so who looks often always meets such a part. Flower
-    doubles the pause at each look; only where it begins is changed here, in this process.
+    doubles the pause at each look, up to ten seconds; where it begins is changed here, in this process, and when it
+    ends: a message whose coordinator died on the way never becomes whole, and Flower would wait two hours for it.
     """
     from flwr.supercore.inflatable import inflatable_utils
 
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         defaults = function.__kwdefaults__ or {}
         defaults["initial_backoff"] = first_pause
+        defaults["max_tries_per_object"] = PART_TRIES
 
 
 @contextmanager
