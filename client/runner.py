@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode, SubStatus
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from ..privacy.errors import Reason, Refused
@@ -116,7 +117,7 @@ class Runner:
                 lost = Message(Error(ErrorCode.NODE_UNAVAILABLE, Reason.LOST.value), reply_to=message)
                 push_message(client, lost, context)
             raise
-        except (httpx.HTTPError, RuntimeError, ValueError) as error:
+        except (httpx.HTTPError, RuntimeError, ValueError, ObjectPullError) as error:
             # The run was stopped, the SuperNode went away, or the message cannot be read at all.
             _log.warning("a task was given up: %s: %s", type(error).__name__, error)
         finally:

@@ -11,7 +11,8 @@ reply (``flwr/supernode/start_client_internal.py``); a round of two messages los
 This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
 Flower's own entry point. The look for a part of a message that is on its way begins sooner too
 (:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`), and a link that breaks during a TLS handshake is a broken
-link (:func:`keep_trying`); nothing else is touched. Contract tests read Flower's source and fail if what is changed is
+link (:func:`keep_trying`), a message whose run ends while it is on its way is put aside (:func:`put_aside_ended_runs`);
+nothing else is touched. Contract tests read Flower's source and fail if what is changed is
 no longer where it was.
 """
 
@@ -21,6 +22,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,16 @@ from ..privacy.flower_tasks import quicken_transfers, ring
 from ..privacy.pace import Pace
 from .mutual_tls import present_certificate
 
-__all__ = ["IDLE_PAUSE", "REPLY_PAUSE", "announce_tasks", "keep_trying", "main", "open_only", "shorten_pauses"]
+__all__ = [
+    "IDLE_PAUSE",
+    "REPLY_PAUSE",
+    "announce_tasks",
+    "keep_trying",
+    "main",
+    "open_only",
+    "put_aside_ended_runs",
+    "shorten_pauses",
+]
 
 IDLE_PAUSE = 3
 REPLY_PAUSE = 0.5
@@ -112,6 +123,35 @@ def announce_tasks(secret: Path) -> None:
     loop.__dict__["_pull_and_store_message"] = announced
 
 
+def put_aside_ended_runs() -> None:
+    """Let the SuperNode clean up after a message whose run ended before all of its parts were there.
+
+    Flower ends the task of a message that it could not take in, but does so for an ``Exception``; that the SuperLink
+    says "not running" is a ``BaseException`` there, passes by, and leaves a task that the runner takes and a part
+    that it waits for. A coordinator that dies between a message and its parts would stop the node for two hours.
+    """
+    from flwr.supercore.run import RunNotRunningException
+    from flwr.supernode import start_client_internal as loop
+
+    pull = loop.__dict__["_pull_and_store_message"]
+
+    def named_as_error(call: Callable[[int, str], Any]) -> Callable[[int, str], Any]:
+        def called(run_id: int, object_id: str) -> Any:
+            try:
+                return call(run_id, object_id)
+            except RunNotRunningException:
+                raise RuntimeError(f"run {run_id} ended while the message was on its way") from None
+
+        return called
+
+    def pulled(*arguments: Any, **named: Any) -> Any:
+        for name in ("pull_object", "confirm_message_received"):
+            named[name] = named_as_error(named[name])
+        return pull(*arguments, **named)
+
+    loop.__dict__["_pull_and_store_message"] = pulled
+
+
 def keep_trying() -> None:
     """Let the SuperNode try again where a link breaks in a TLS handshake, as it does where a link breaks later.
 
@@ -158,6 +198,7 @@ def main() -> int:
         present_certificate(options.client_certificate, options.client_key, options.revocations)
     shorten_pauses()
     keep_trying()
+    put_aside_ended_runs()
     quicken_transfers()
     if options.superexec_auth_secret_file:
         announce_tasks(options.superexec_auth_secret_file)

@@ -27,7 +27,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.main import create_app
@@ -81,25 +81,27 @@ class SuperNode:
         self.server.should_exit = True
         self.thread.join()
 
-    def receive(self, content: RecordDict, kind: str, fab: bytes = BUNDLE) -> None:
-        """Take a message in as the SuperNode's main loop does."""
+    def receive(
+        self, content: RecordDict, kind: str, fab: bytes = BUNDLE, pull: Callable[[str], bytes] | None = None
+    ) -> int | None:
+        """Take a message in as the SuperNode's main loop does; the run that it belongs to."""
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, 1
         message = Message(content, 7, kind, group_id="0")
         message.metadata.__dict__["_message_id"] = message.object_id
         objects = {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
         run = replace(Run.create_empty(5), fab_id="fedneuro/fedneuro", fab_hash=bundle_hash(fab), series_id=3)
-        taken = start_client_internal._pull_and_store_message(
+        taken: int | None = vars(start_client_internal)["_pull_and_store_message"](
             state=self.state,
             object_store=self.store,
             node_config={},
             receive=lambda: (message, get_object_tree(message)),
             get_run=lambda _: run,
             get_fab=lambda digest, _: Fab(digest, fab, {}),
-            pull_object=lambda _, key: objects[key],
+            pull_object=lambda _, key: (pull or objects.__getitem__)(key),
             confirm_message_received=lambda _, __: None,
             trusted_entities=None,
         )
-        assert taken == 5
+        return taken
 
     def reply(self) -> Message | None:
         """The reply that the main loop would send on, with its content."""
@@ -240,6 +242,41 @@ def test_a_task_rings_the_runners_bell(tmp_path: Path, monkeypatch: pytest.Monke
     bell.close()
     second.close()
     ring(secret)  # nobody waits: nothing happens
+
+
+def test_a_message_whose_run_ends_on_the_way_is_put_aside(
+    node: SuperNode, settings: NodeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator's process is killed between a message and its parts; the runner has the task already."""
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", start_client_internal._pull_and_store_message)
+    supernode.put_aside_ended_runs()
+    taken: list[int | None] = []
+
+    def ended(_: str) -> bytes:
+        while not node.state.get_tasks(statuses=["running"]):
+            time.sleep(0.01)
+        raise RunNotRunningException
+
+    def main_loop() -> None:
+        taken.append(node.receive(encode_request(HELLO), "query.hello", pull=ended))
+        taken.append(node.receive(encode_request(HELLO), "query.hello"))
+
+    loop = threading.Thread(target=main_loop)
+    loop.start()
+    reply, ward = answered(node, settings, hello)
+    loop.join()
+    assert taken == [None, 5] and len(ward.asked) == 1
+    assert decode_reply(reply.content) == HelloReply(site="A", role=Role.TRAIN, public_size=5)
+
+
+def test_flower_still_leaves_the_task_of_an_ended_run(node: SuperNode) -> None:
+    """Once it does not, put_aside_ended_runs can go."""
+
+    def ended(_: str) -> bytes:
+        raise RunNotRunningException
+
+    assert node.receive(encode_request(HELLO), "query.hello", pull=ended) is None
+    assert len(node.state.get_tasks(statuses=["pending"])) == 1
 
 
 def test_a_paused_node_takes_no_task_and_a_draining_one_ends(node: SuperNode, settings: NodeSettings) -> None:

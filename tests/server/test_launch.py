@@ -158,10 +158,6 @@ def undisturbed(study: Study, base: Path) -> str:
         return digest(store.groups(ROUNDS)["model"])
 
 
-@pytest.mark.skipif(
-    not os.environ.get("FEDNEURO_CHAOS"),
-    reason="waits up to five minutes where the kill falls between a message and its parts: FEDNEURO_CHAOS=1",
-)
 def test_a_killed_serverapp_is_resumed_to_the_same_bits(deployment: Deployment) -> None:
     study = study_of("killed")
     said = deployment.call("launch", deployment.write(study))
