@@ -11,10 +11,8 @@ Several processes may append (the node, and ``fedneuro-node approve``): each loc
 wrote before it adds its own.
 """
 
-import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..privacy.errors import EnvironmentProblem
+from ..privacy.file_lock import locked_file
 from .audit_chain import (
     START,
     Entry,
@@ -38,8 +37,6 @@ from .audit_chain import (
 
 __all__ = ["AuditLog"]
 
-PATIENCE = 60.0
-"""Seconds to wait for another process that writes."""
 EVERY = 100
 """Entries between two checkpoints."""
 
@@ -157,23 +154,8 @@ class AuditLog:
     def _locked(self) -> Iterator[int]:
         """The log, open and held against other processes; freed by the system if this one dies."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise EnvironmentProblem(
-                            f"audit log: {self.path} is held by another process for more than {PATIENCE:g} s; "
-                            "end the other process of this node"
-                        ) from None
-                    time.sleep(0.01)
+        with locked_file(self.path, "audit log") as descriptor:
             yield descriptor
-        finally:
-            os.close(descriptor)
 
     def _catch_up(self, descriptor: int) -> None:
         """Verify what is new since the last look: everything at the first one."""

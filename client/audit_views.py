@@ -58,6 +58,7 @@ class Egress:
         metrics: how often each metric left.
         greetings: how often role, declared size and versions left.
         steps: messages of secure aggregation without a model.
+        statistics: ε of each file of noised statistics that was made to be handed over.
         refusals: how often each reason code left.
     """
 
@@ -71,6 +72,7 @@ class Egress:
     metrics: Counter[str] = field(default_factory=Counter)
     greetings: int = 0
     steps: int = 0
+    statistics: list[float] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
 
 
@@ -92,6 +94,8 @@ def egress(entries: Sequence[Entry]) -> list[Egress]:
             row.metrics.update(entry["metrics"])
         elif answer == "HelloReply":
             row.greetings += 1
+        elif answer == "Statistics":
+            row.statistics.append(entry["epsilon"])
         elif answer == "Refusal":
             row.refusals[entry["reason"]] += 1
         else:
@@ -110,6 +114,7 @@ def _rows(row: Egress) -> list[tuple[str, str]]:
         ("metrics", ", ".join(counts) or "none"),
         ("role, declared size, versions", f"{row.greetings} times"),
         ("steps of secure aggregation", f"{row.steps}"),
+        ("noised statistics of the data", ", ".join(f"ε {value:.3f}" for value in row.statistics) or "none"),
         ("reason codes", ", ".join(refusals) or "none"),
     ]
 

@@ -12,8 +12,12 @@ import typer
 from ..privacy.errors import DataError
 
 if TYPE_CHECKING:
+    from ..privacy.study import Study
     from .data.dicom import Summary
     from .data.quality import Report
+    from .data.register import Registered
+    from .data.statistics import Measured
+    from .settings import SiteSettings
 
 __all__ = ["app"]
 
@@ -45,7 +49,8 @@ def dicom(
     """Convert DICOM series to BIDS, under pseudonyms and without dates. Exit code 2 if a series was refused."""
     from .data.dicom import import_dicom
 
-    summary = import_dicom(source, out, state, mapping=mapping, dry_run=dry_run, deface=deface)
+    with _progress("importing") as progress:
+        summary = import_dicom(source, out, state, mapping=mapping, dry_run=dry_run, deface=deface, progress=progress)
     _tell(summary, out, dry_run=dry_run, defaced=bool(deface))
 
 
@@ -67,12 +72,21 @@ def images(
     from .data.foreign import import_images, import_nnunet
 
     if table is None:
-        number = import_nnunet(source, out, state)
+        found = import_nnunet(source, out, state)
     else:
-        number = import_images(
+        found = import_images(
             source, table, out, state, patient=patient, target=target, file=file, suffix=suffix, size=size
         )
-    print(f"{number} patients imported to {out}")
+    for name, why in list(found.faults.items())[:10]:
+        print(f"failed   {name}: {why}")
+    if len(found.faults) > 10:
+        print(f"failed   … and {len(found.faults) - 10} more files")
+    print(f"{found.patients} patients imported to {out}, {len(found.faults)} files failed")
+    if found.faults:
+        raise DataError(
+            f"{len(found.faults)} files failed; the others are complete; mend those, and import into a new folder, or "
+            "go on without them"
+        )
 
 
 @imports.command()
@@ -93,17 +107,19 @@ def table(
 
 
 def _tell(summary: "Summary", out: Path, *, dry_run: bool, defaced: bool) -> None:
+    from .data.dicom.mapping import TAKEN
+
     for row in summary.rows:
         where = f"{row.patient}/{row.session}"
-        what = f"{row.datatype}/{'_'.join(filter(None, (row.entities, row.suffix)))}" if row.action == "import" else ""
+        what = f"{row.datatype}/{'_'.join(filter(None, (row.entities, row.suffix)))}" if row.action in TAKEN else ""
         print(f"{row.action:8} {row.series} {where} {what or row.reason}".rstrip())
     for path, why in list(summary.passed.items())[:10]:
         print(f"passed   {path}: {why}")
     if len(summary.passed) > 10:
         print(f"passed   … and {len(summary.passed) - 10} more files")
     done = "proposed" if dry_run else "imported"
-    number = sum(row.action == "import" for row in summary.rows)
-    patients = len({row.patient for row in summary.rows if row.action == "import"})
+    number = sum(row.action in TAKEN for row in summary.rows)
+    patients = len({row.patient for row in summary.rows if row.action in TAKEN})
     rest = f"{len(summary.skipped)} skipped, {len(summary.refused)} refused, {len(summary.passed)} files passed over"
     print(f"{number} series {done} of {patients} patients, {rest}")
     print(f"to change that: edit {out / 'code' / 'dicom_mapping.tsv'} and run again with --mapping")
@@ -181,21 +197,23 @@ def check(
     from ..privacy.study_file import load_study
     from .data.quality import check_data
     from .data.quality.page import render_page, write_text
-    from .data.register import changes_of, find_registered
+    from .data.register import changes_of
 
     path, name, changes = Path(data), "", []
-    if not path.is_dir() and state is not None:
-        entry = find_registered(state, data)
+    if (entry := _registered(data, state)) is not None and state is not None:
         path, name, changes = Path(entry.path), entry.name, changes_of(entry).lines()
         out = out or state / "checks" / name
     loaded = load_study(study, []) if study else None
     split = (loaded.data.split_key, loaded.evaluation.validation_fraction) if loaded else None
-    report = check_data(path, name=name, split=split, pictures=pictures if out else 0, changes=changes)
+    with _progress("checking") as progress:
+        report = check_data(
+            path, name=name, split=split, pictures=pictures if out else 0, changes=changes, progress=progress
+        )
     if out:
         write_text(out / "report.html", render_page(report))
         write_text(out / "report.json", json.dumps(report.to_json(), indent=1) + "\n")
         print(f"report: {out / 'report.html'}")
-    _verdict(report)
+    _verdict(report, "see the report" if out else "with --out FOLDER there is a report with pictures")
 
 
 @app.command()
@@ -208,27 +226,81 @@ def stats(
     ] = None,
     site: Annotated[str, typer.Option("--site", help="Name in the released file. Default: of the data set.")] = "",
     study: Annotated[
-        Path | None, typer.Option("--study", help="Study that the release is for; refused where it is private.")
+        Path | None, typer.Option("--study", help="Study that the release is for; where it is private, noise is added.")
     ] = None,
     threshold: Annotated[int, typer.Option("--threshold", min=5, help="Patients that a released group must have.")] = 5,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", min=0, help="Private study: what the release may cost each patient.")
+    ] = 0.0,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Private study: node.toml, for policy, ledger and audit log.")
+    ] = None,
 ) -> None:
     """Show what a data set holds: counts, labels, volumes, grey values, geometry. Nothing leaves."""
+    from ..privacy.errors import BadInput
     from ..privacy.study_file import load_study
     from .data.quality.page import write_text
     from .data.statistics import measure, summary
     from .data.statistics import release as released
 
     path, name = _place(data, state)
+    loaded = load_study(study, []) if study else None
+    noised = loaded is not None and loaded.privacy.mode != "none" and release is not None
+    if (epsilon or config) and not noised:
+        raise BadInput("--epsilon and --config belong to a --release for a --study with privacy; leave them out")
+    settings = _permitted(path, loaded, config, epsilon, threshold, site) if loaded and noised else None
     with _progress("reading") as progress:
         found = measure(path, progress)
     shown = summary(found)
     print(json.dumps(shown, indent=1, ensure_ascii=False))
     if json_out:
         write_text(json_out, json.dumps(shown, indent=1) + "\n")
-    if release:
-        told = released(found, site or name, load_study(study, []) if study else None, threshold)
+    if release and settings and loaded:
+        _tell_noised(found, settings, loaded, epsilon, threshold, release)
+    elif release:
+        told = released(found, site or name, loaded, threshold)
         write_text(release, told.model_dump_json(indent=1, exclude_none=True) + "\n")
+    if release:
         print(f"to hand over, after you have read it: {release}")
+
+
+def _permitted(
+    path: Path, study: "Study", config: Path | None, epsilon: float, threshold: int, site: str
+) -> "SiteSettings":
+    """The node's settings, for which a noised release is permitted; told before hours of reading."""
+    from ..privacy.errors import BadInput
+    from .data.noised import require_permission
+    from .node_settings import load_node_settings
+
+    if config is None or not epsilon:
+        raise BadInput(
+            f'study {study.study.name} has privacy.mode = "{study.privacy.mode}": numbers of its patients leave with '
+            "noise only, paid for from the ledger; give --epsilon, such as 1, and --config node.toml"
+        )
+    settings = load_node_settings(config).site_settings()
+    if settings.data.resolve() != path.resolve():
+        raise BadInput(f"{config}: its ledger is of {settings.data}, not of {path}; give that data set, or its node")
+    if site and site != settings.name:
+        raise BadInput(f"--site {site}: {config} says {settings.name}; leave --site out")
+    require_permission(settings, study, epsilon, threshold)
+    return settings
+
+
+def _tell_noised(
+    found: "Measured", settings: "SiteSettings", study: "Study", epsilon: float, threshold: int, release: Path
+) -> None:
+    from .data.noised import release_noised
+    from .data.quality.page import write_text
+
+    answer = release_noised(found, settings, study, epsilon, threshold=threshold)
+    told = answer.told
+    write_text(release, told.model_dump_json(indent=1) + "\n")
+    if answer.again:
+        print("told before: the same numbers again, which cost nothing")
+    print(
+        f"noise of ±{told.noise:.1f} patients in each count; cost: ε = {told.epsilon:g} at δ = {told.delta:g} for each "
+        f"patient, {answer.with_training:.2f} together with the study's training"
+    )
 
 
 @app.command()
@@ -264,13 +336,17 @@ def prepare(
 
 def _place(data: str, state: Path | None) -> tuple[Path, str]:
     """Folder and name of a registered data set, or of a BIDS folder."""
-    from .data.register import find_registered
+    entry = _registered(data, state)
+    return (Path(entry.path), entry.name) if entry else (Path(data), Path(data).resolve().name)
 
-    path = Path(data)
-    if path.is_dir() or state is None:
-        return path, path.resolve().name
-    entry = find_registered(state, data)
-    return Path(entry.path), entry.name
+
+def _registered(data: str, state: Path | None) -> "Registered | None":
+    """The registered data set of this name, also where a folder here is called so too; None: take it for a folder."""
+    from .data.register import find_registered, is_registered
+
+    if state is None or (Path(data).is_dir() and not is_registered(state, data)):
+        return None
+    return find_registered(state, data)
 
 
 @contextmanager
@@ -280,18 +356,17 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
     # Without a thread that redraws it: processes that prepare scans are copies of this one.
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
 
 
-def _verdict(report: "Report") -> None:
+def _verdict(report: "Report", more: str) -> None:
     for finding in report.findings:
         who = ", ".join(finding.patients[:3]) + (", …" if len(finding.patients) > 3 else "")
         print(f"{finding.entry.severity}: {finding.entry.title}: {': '.join(filter(None, (who, finding.detail)))}")
     counts = report.counts()
     print(f"{len(report.patients)} patients: {counts['blocks']} block, {counts['warns']} warn, {counts['notes']} notes")
     if not report.may_join:
-        raise DataError(
-            f"{report.name} may not join: {counts['blocks']} findings must be settled first; see the report"
-        )
+        raise DataError(f"{report.name} may not join: {counts['blocks']} findings must be settled first; {more}")

@@ -1,98 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way from this machine to the coordinator, hop by hop: name, proxy, port, TLS, clock.
 
-The node calls out and nothing calls in. The way is walked as Flower's client walks it: through the proxy of
-``HTTPS_PROXY`` (CONNECT, RFC 9110 §9.3.6, with the user and password in its URL), unless ``NO_PROXY`` names the
-coordinator; TLS 1.2 or newer, trusting the pinned authority alone. A proxy that opens TLS is therefore a failure.
+The node calls out and nothing calls in. The way is walked as Flower's client walks it (:mod:`.way`); TLS 1.2 or newer,
+trusting the pinned authority alone. A proxy that opens TLS is therefore a failure.
 """
 
-import base64
 import email.utils
 import os
 import socket
 import ssl
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from .doctor import Finding, fail, passed, warn
 from .node_settings import NodeSettings
 from .revocations import Revocations, refuse_revoked
+from .way import Way, head_of_answer
 
-__all__ = ["Way", "network_checks", "port_sheet"]
+__all__ = ["network_checks", "port_sheet"]
 
-PATIENCE = 10.0
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 300.0
 """Flower's SuperLink takes a node's clock that is at most so far ahead or behind."""
-
-
-class Way:
-    """The way to one address.
-
-    Args:
-        address: ``host:port``.
-        proxy: URL of an HTTP proxy; empty: none; None: as the environment says.
-    """
-
-    def __init__(self, address: str, proxy: str | None = None) -> None:
-        host, _, port = address.rpartition(":")
-        self.host, self.port = host.strip("[]"), int(port)
-        if proxy is None:
-            bypass = bool(urllib.request.proxy_bypass(f"{self.host}:{self.port}"))
-            proxy = "" if bypass else urllib.request.getproxies().get("https", "")
-        self.proxy = urlsplit(proxy if "//" in proxy or not proxy else f"http://{proxy}")
-
-    @property
-    def first_hop(self) -> tuple[str, int]:
-        """Whom this machine talks to: the proxy, or the coordinator."""
-        if self.proxy.hostname:
-            return self.proxy.hostname, self.proxy.port or 3128
-        return self.host, self.port
-
-    def connect(self) -> socket.socket:
-        """A connection to the coordinator's port, through the proxy if there is one.
-
-        Raises:
-            OSError: it cannot be reached, or the proxy says no.
-        """
-        connection = socket.create_connection(self.first_hop, timeout=PATIENCE)
-        if self.proxy.hostname:
-            try:
-                self._ask_proxy(connection)
-            except BaseException:
-                connection.close()
-                raise
-        return connection
-
-    def _ask_proxy(self, connection: socket.socket) -> None:
-        target = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-        if self.proxy.username:
-            pair = f"{unquote(self.proxy.username)}:{unquote(self.proxy.password or '')}"
-            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}")
-        connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-        answer = _head(connection).split("\r\n")[0]
-        status = answer.split(" ")[1] if answer.count(" ") >= 1 else ""
-        if status != "200":
-            meaning = {
-                "407": "it asks for a user and password: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
-                "403": "it forbids this host and port: ask for the row of fedneuro-node doctor --ports",
-            }
-            raise OSError(f"the proxy answers {answer[:80]!r}; {meaning.get(status, 'ask who runs it')}")
-
-
-def _head(connection: socket.socket) -> str:
-    """The head of an HTTP answer."""
-    found = b""
-    while b"\r\n\r\n" not in found and len(found) < 65536:
-        part = connection.recv(4096)
-        if not part:
-            break
-        found += part
-    return found.partition(b"\r\n\r\n")[0].decode("latin-1")
 
 
 def network_checks() -> tuple[Callable[[NodeSettings], Iterator[Finding]], ...]:
@@ -155,7 +85,7 @@ def _ask(secure: ssl.SSLSocket, way: Way) -> str:
     """The head of an HTTP answer; nginx says only there, with 400, that it does not take a client certificate."""
     with suppress(OSError):
         secure.sendall(f"GET /health HTTP/1.1\r\nHost: {way.host}\r\nConnection: close\r\n\r\n".encode("ascii"))
-        return _head(secure)
+        return head_of_answer(secure)
     return ""
 
 

@@ -3,7 +3,8 @@
 
     1. the invitation is read and its root certificate compared with its fingerprint
     2. two keys are made: one for the Flower node, one for TLS; only public halves are sent
-    3. the call goes to a server that this root vouches for, and to no other; the one-time token proves who asks
+    3. the call goes to a server that this root vouches for, and to no other, less what the root took back
+       (:mod:`.revocations`); the one-time token proves who asks
     4. what comes back is checked: our name, our key, a chain up to the pinned root
     5. files are written with mode 0600, ``node.toml`` last; until then nothing counts as enrolled
 
@@ -11,6 +12,7 @@ A renewal makes a new TLS key; the node's key, by which other hospitals know thi
 """
 
 import secrets
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,6 +51,7 @@ from ..privacy.identity import (
     signing_request,
     write_private,
 )
+from .revocations import seen_certificate
 
 __all__ = ["Enrolled", "enrol", "renew"]
 
@@ -96,7 +99,7 @@ def enrol(invitation: Invitation, config: Path) -> Enrolled:
         _stage(path).unlink(missing_ok=True)
         write_private(_stage(path), content)
     try:
-        credentials = _call(invitation.enrolment, ENROL, encode(request), root)
+        credentials = _call(invitation.enrolment, ENROL, encode(request), root, revoked=_revocations(document, folder))
         leaf = _check(credentials, invitation.site, tls.public_key(), root)
         if credentials.role is not invitation.role:
             raise ContractViolation(f"the coordinator enrolled {invitation.site} as {credentials.role.value}; ask why")
@@ -116,9 +119,10 @@ def renew(config: Path) -> Enrolled:
     """Get a new certificate with the present one; replaces ``site.crt`` and ``site.key`` in ``config``'s folder.
 
     Raises:
-        BadInput: this folder is not enrolled, or its key can be read by others.
+        BadInput: this folder is not enrolled, or its key can be read by others; the list of revocations is none.
         Refused: the certificate was revoked.
-        EnvironmentProblem: the coordinator cannot be reached, or the certificate has expired.
+        EnvironmentProblem: the coordinator cannot be reached, the certificate has expired, or the coordinator's
+            certificate was taken back.
     """
     folder, document = config.resolve().parent, _read(config)
     part = document.get("coordinator", {})
@@ -138,7 +142,8 @@ def renew(config: Path) -> Enrolled:
     site, tls = str(present.subject.rfc4514_string().partition("=")[2]), new_key()
     request = RenewRequest(request=signing_request(tls, site).decode("ascii"))
     pair = paths["tls_key"].read_bytes(), paths["certificate"].read_bytes()
-    credentials = _call(str(part["renewal"]), RENEW, encode(request), root, pair)
+    revoked = _revocations(document, folder)
+    credentials = _call(str(part["renewal"]), RENEW, encode(request), root, pair, revoked)
     leaf = _check(credentials, site, tls.public_key(), root)
     # Key and chain are read together at the next start; both are whole at any moment.
     replace_file(paths["tls_key"], pkcs8(tls))
@@ -149,11 +154,26 @@ def renew(config: Path) -> Enrolled:
 
 
 def _call(
-    address: str, method: str, content: bytes, root: x509.Certificate, pair: tuple[bytes, bytes] | None = None
+    address: str,
+    method: str,
+    content: bytes,
+    root: x509.Certificate,
+    pair: tuple[bytes, bytes] | None = None,
+    revoked: Path | None = None,
 ) -> Credentials:
-    """Step 3. ``pair``: private key and chain for mTLS."""
+    """Step 3. ``pair``: private key and chain for mTLS; ``revoked``: the root's list, if the hospital has one."""
     key, chain = pair or (None, None)
-    trusted = grpc.ssl_channel_credentials(root.public_bytes(Encoding.PEM), key, chain)
+    vouches = root.public_bytes(Encoding.PEM)
+    if revoked is not None:
+        try:
+            vouches = seen_certificate(address, vouches, revoked)
+        except ssl.SSLCertVerificationError as error:
+            text = f"{address}: its certificate does not pass ({error.verify_message})"
+            raise EnvironmentProblem(f"{text}; do not go on, telephone the coordinator") from error
+        except OSError as error:
+            text = f"{address}: cannot be reached ({error.strerror or error})"
+            raise EnvironmentProblem(f"{text}; is the port open for outgoing connections?") from error
+    trusted = grpc.ssl_channel_credentials(vouches, key, chain)
     options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.enable_retries", 0))
     with grpc.secure_channel(address, trusted, options=options) as channel:
         try:
@@ -199,6 +219,12 @@ def _check(
     if not same_root or credentials.site != site or not ours:
         raise ContractViolation("the coordinator's reply is for another site, key or authority")
     return mine
+
+
+def _revocations(document: tomlkit.TOMLDocument, folder: Path) -> Path | None:
+    """The list that ``node.toml`` names."""
+    named = document.get("superlink", {}).get("revocations")
+    return folder / Path(str(named)).expanduser() if named else None
 
 
 # -- node.toml ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 
 from ..privacy.contract import Arrays, Estimate, EvaluateReply, Role
 from ..privacy.released import THRESHOLD, uses_threshold
+from ..privacy.study import Study
 from .evaluation_cohort import (
     DEFAULT_THRESHOLD,
     cohort_estimates,
@@ -66,7 +67,7 @@ def evaluate(
         metrics |= strata_estimates(study, results, cells, used)
         if uses_threshold(study) and results:
             metrics[THRESHOLD] = Estimate(mean=used, low=used, high=used, n=len(results))
-        keep_patient_scores(session, number, arrays, _scores(results))
+        keep_patient_scores(session, number, arrays, _scores(study, results))
         if study.evaluation.worst:
             _report(session, number, metrics, results, cells)
     elif session.settings.role is Role.TRAIN:
@@ -89,7 +90,7 @@ def _report(
         session.notes.append(f"the site's own report was not written: {type(error).__name__}: {error}")
 
 
-def _scores(results: Mapping[str, PatientResult]) -> PatientScores:
+def _scores(study: Study, results: Mapping[str, PatientResult]) -> PatientScores:
     """The values of single patients, as they are kept at the site."""
     kept: PatientScores = {}
     for patient, result in results.items():
@@ -98,6 +99,11 @@ def _scores(results: Mapping[str, PatientResult]) -> PatientScores:
             right = result.probability.argmax() == result.target and not result.failure
             kept[patient] |= {"accuracy": float(right), "class": float(result.target)}
             kept[patient] |= {f"probability_{label}": float(p) for label, p in enumerate(result.probability)}
+        if result.predicted is not None and result.outcome is not None:
+            kept[patient] |= {"predicted": result.predicted, "observed": result.outcome.value}
+            error = kept[patient].pop("error")
+            survival = study.task.kind == "survival"
+            kept[patient] |= {"event": float(result.outcome.event)} if survival else {"mae": error}
         if result.failure:
             kept[patient]["failures"] = 1.0
     return kept

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models import metrics as m
+from ..models.spec import OUTCOMES
 from ..privacy.contract import Estimate
 from ..privacy.released import FAILURES, THRESHOLD, bin_name, uses_threshold
 from ..privacy.study import Study
@@ -37,7 +38,7 @@ def cohort_estimates(study: Study, names: Sequence[str], results: Results, thres
         keys = dict.fromkeys(key for result in results.values() for key in result.scores)
         found = {key: _mean(study, [r.scores[key] for r in results.values() if key in r.scores]) for key in keys}
         return {key: estimate for key, estimate in found.items() if estimate is not None}
-    found = {name: _statistic(study, name, list(results.values()), threshold) for name in names}
+    found = {name: _of_cohort(study, name, list(results.values()), threshold) for name in names}
     exact = {name: estimate for name, estimate in found.items() if estimate is not None}
     if "reliability" in names:
         exact |= _curve(study, results)
@@ -70,7 +71,7 @@ def strata_estimates(
             if study.task.kind == "segmentation":
                 estimate = _mean(study, [r.scores[name] for r in inside if name in r.scores])
             else:
-                estimate = _statistic(study, name, inside, threshold)
+                estimate = _of_cohort(study, name, inside, threshold)
             if estimate is not None:
                 found[f"{name}:{stratum}:{cell}"] = estimate
     return found
@@ -83,6 +84,29 @@ def _mean(study: Study, values: Sequence[float]) -> Estimate | None:
         np.array(values), resamples=study.evaluation.bootstrap, seed=study.study.seed
     )
     return Estimate(mean=mean, low=low, high=high, n=len(values))
+
+
+def _of_cohort(study: Study, name: str, results: Sequence[PatientResult], threshold: float) -> Estimate | None:
+    """A metric of a classification or an outcome over patients; None where it is undefined."""
+    judge = _of_outcomes if study.task.kind in OUTCOMES else _statistic
+    return judge(study, name, results, threshold)
+
+
+def _of_outcomes(study: Study, name: str, results: Sequence[PatientResult], _: float) -> Estimate | None:
+    known = [(r.predicted, r.outcome.value, r.outcome.event) for r in results if r.predicted is not None and r.outcome]
+    if not known:
+        return None
+    predicted, observed, event = (np.array(values) for values in zip(*known, strict=True))
+    if name == "mae":
+        return _mean(study, np.abs(predicted - observed).tolist())
+    resampling = {"resamples": study.evaluation.bootstrap, "seed": study.study.seed}
+    if name == "c_index":  # a short time without the event is a high risk
+        found = m.c_index_interval(-predicted, observed, event, **resampling)
+    else:
+        found = m.bootstrap(
+            lambda rows: m.root_mean_squared_error(predicted[rows], observed[rows]), len(known), **resampling
+        )
+    return None if found is None else Estimate(mean=found[0], low=found[1], high=found[2], n=len(known))
 
 
 def _statistic(study: Study, name: str, results: Sequence[PatientResult], threshold: float) -> Estimate | None:

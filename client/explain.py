@@ -4,9 +4,10 @@
     uncertainty   segmentation: the entropy of the mean of four predictions, of the scan and of its mirror images
                   (test-time augmentation; Wang et al. 2019, https://doi.org/10.1016/j.neucom.2019.01.103), from 0 to 1
     Grad-CAM      classification: which region speaks for the class that was predicted (Selvaraju et al. 2017,
-                  arXiv 1610.02391)
-    occlusion     classification of slices: how much the probability falls where a region is hidden (Zeiler & Fergus
-                  2014)
+                  arXiv 1610.02391); regression: for a larger number; survival: for the event in the interval with the
+                  largest hazard
+    occlusion     the same of slices: how much the probability (number, hazard) falls where a region is hidden (Zeiler &
+                  Fergus 2014)
     sanity        the same map of networks that were made forget, first their last layer, then everything (parameter
                   randomisation; Adebayo et al. 2018, arXiv 1810.03292), by rank correlation with the model's own map
 
@@ -58,7 +59,7 @@ class Attention:
 
     Attributes:
         view: the slice that speaks most for the predicted class, ``(1, C, H, W)``, or the volume.
-        label: the predicted class.
+        label: the predicted class; survival: the interval with the largest hazard; regression: 0.
         number: of the slice, from 0; of a volume, the axial slice with the most attention.
         plane: first channel of that slice, ``(H, W)``.
         maps: by name, over the plane, from 0 to 1 of the largest value.
@@ -107,7 +108,7 @@ def attention(judged: Judged, image: torch.Tensor, *, occlude: bool = True) -> A
     batch = fitted_slices(judged.study, image).clone().to(judged.device)
     with torch.inference_mode():
         parts = [batch[start : start + VIEWS_AT_ONCE] for start in range(0, len(batch), VIEWS_AT_ONCE)]
-        probability = torch.cat([judged.network(part).softmax(1) for part in parts])
+        probability = torch.cat([_outputs(judged, part) for part in parts])
     label = int(probability.mean(0).argmax())
     number = int(probability[:, label].argmax())
     view = batch[number : number + 1]
@@ -188,6 +189,13 @@ def sanity_words(correlations: list[tuple[float, float]]) -> str:
     )
 
 
+def _outputs(judged: Judged, batch: torch.Tensor) -> torch.Tensor:
+    """What the network says of images: probabilities of classes, hazards of intervals, or the number, ``(N, K)``."""
+    logits: torch.Tensor = judged.network(batch)
+    kind = judged.study.task.kind
+    return logits.sigmoid() if kind == "survival" else logits if kind == "regression" else logits.softmax(1)
+
+
 def _slice_axis(study: Study) -> int:
     return {"sagittal": 0, "coronal": 1, "axial": 2}[study.data.slice_axis]
 
@@ -216,13 +224,13 @@ def _occlusion(judged: Judged, view: torch.Tensor, label: int) -> Map:
     loss, covered = np.zeros((height, width)), np.zeros((height, width))
     fill = view.mean((2, 3), keepdim=True)
     with torch.inference_mode():
-        whole = float(judged.network(view).softmax(1)[0, label])
+        whole = float(_outputs(judged, view)[0, label])
         for start in range(0, len(corners), VIEWS_AT_ONCE):
             some = corners[start : start + VIEWS_AT_ONCE]
             hidden = view.repeat(len(some), 1, 1, 1)
             for row, (y, x) in enumerate(some):
                 hidden[row, :, y : y + side, x : x + side] = fill[0]
-            for (y, x), left in zip(some, judged.network(hidden).softmax(1)[:, label].tolist(), strict=True):
+            for (y, x), left in zip(some, _outputs(judged, hidden)[:, label].tolist(), strict=True):
                 loss[y : y + side, x : x + side] += whole - left
                 covered[y : y + side, x : x + side] += 1
     return _scaled(loss / np.maximum(covered, 1))

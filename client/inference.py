@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a preprocessed scan to a label map or class probabilities, slice by slice or window by window."""
+"""From a preprocessed scan to a label map, class probabilities or an outcome, slice by slice or window by window."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..privacy.study import Study
 
-__all__ = ["Judged", "class_probabilities", "fitted_slices", "label_map", "label_probabilities"]
+__all__ = ["Judged", "class_probabilities", "fitted_slices", "label_map", "label_probabilities", "predicted_outcome"]
 
 SLICE_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Axes of a volume in RAS+ orientation."""
@@ -88,6 +88,29 @@ def class_probabilities(session: Judged, image: torch.Tensor) -> NDArray[np.floa
         for start in range(0, len(batch), SLICES_AT_ONCE)
     ]
     return _finite(torch.cat(parts)).double().mean(0).numpy()
+
+
+def predicted_outcome(session: Judged, image: torch.Tensor) -> float:
+    """What is predicted of the patient of a scan, in ``task.unit``: the mean over its slices, or of the whole volume.
+
+    Returns:
+        Regression: the number. Survival: the mean time without the event up to the last of ``task.time_cuts``
+        (restricted mean survival time, the area under the survival curve, taken as straight within intervals).
+
+    Raises:
+        FloatingPointError: the network gave NaN or infinity.
+    """
+    task, batch = session.study.task, fitted_slices(session.study, image)
+    parts = [
+        session.network(batch[start : start + SLICES_AT_ONCE].to(session.device)).float().cpu()
+        for start in range(0, len(batch), SLICES_AT_ONCE)
+    ]
+    outputs = _finite(torch.cat(parts)).double()
+    if task.kind == "regression":
+        return task.centre + task.scale * float(outputs[:, 0].mean())
+    alive = F.pad(torch.cumprod(1 - outputs.sigmoid(), 1).mean(0), (1, 0), value=1.0)
+    ends = torch.tensor((0.0, *task.time_cuts), dtype=torch.float64)
+    return float((ends.diff() * (alive[1:] + alive[:-1]) / 2).sum())
 
 
 def fitted_slices(study: Study, image: torch.Tensor) -> torch.Tensor:

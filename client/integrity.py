@@ -15,9 +15,10 @@ import base64
 import hashlib
 import importlib
 import json
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -120,5 +121,14 @@ def _path_faults() -> Iterator[str]:
             yield f"Python looks for modules in the current folder {here}; start the node as fedneuro-node start"
     for name in ("sitecustomize", "usercustomize"):
         file = getattr(sys.modules.get(name), "__file__", None)
-        if file and not any(Path(file).resolve().is_relative_to(place) for place in (*trusted, Path("/usr/lib"))):
+        if file and not _lies_in(file, (*trusted, Path("/usr/lib"))):
             yield f"{file} runs before everything else; remove it"
+
+
+def _lies_in(file: str, places: Iterable[Path]) -> bool:
+    """Whether a file, or the link by which Python found it, lies in one of the places.
+
+    Debian's Python has ``/usr/lib/python3.11/sitecustomize.py``, a link to ``/etc/python3.11``.
+    """
+    found = (Path(os.path.normpath(Path(file).absolute())), Path(file).resolve())
+    return any(path.is_relative_to(place) for place in places for path in found)

@@ -19,10 +19,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from ..models.metrics import higher_is_better
+from ..models.spec import OUTCOMES, TaskSection
 from ..privacy.contract import Estimate
 from ..privacy.released import FAILURES, THRESHOLD, split_cells
 from .data import Scan
 from .evaluation_patients import PatientResult
+from .evaluation_pictures import outcome_words
 from .explain import attention, grad_cam, sanity, sanity_words, uncertainty
 from .inference import Judged, label_map
 from .previews import render_classification, render_maps, render_preview
@@ -88,6 +90,7 @@ def write_local_report(
         shown=shown,
         explained=study.evaluation.explain,
         segmentation=study.task.kind == "segmentation",
+        outcome=study.task.kind in OUTCOMES,
         sanity=sanity_words(checks),
     )
     path = session.settings.state / FILE
@@ -107,6 +110,8 @@ def _worst(session: Session, results: Results) -> list[str]:
         result = results[patient]
         if result.probability is not None:
             return not result.failure, float(result.probability[result.target])
+        if result.outcome is not None:
+            return not result.failure, -result.scores["error"]
         value = result.scores.get(name, 0.0)
         return not result.failure, value if higher_is_better.get(name, True) else -value
 
@@ -117,14 +122,16 @@ def _show(
     session: Session, patient: str, result: PatientResult, folder: Path, checks: list[tuple[float, float]] | None
 ) -> Shown:
     labels, name = session.study.task.labels, session.study.metric_names[0]
-    if result.probability is not None:
+    if result.outcome is not None and result.predicted is not None:
+        score = outcome_words(session.study.task, result.predicted, result.outcome)
+    elif result.probability is not None:
         score = f"{labels[result.target]}, to which the model gives {result.probability[result.target]:.0%}"
     else:
         score = f"{name} {result.scores[name]:.3f}" if name in result.scores else f"{name} undefined"
     shown = Shown(patient=patient, score=score, failure=result.failure)
     if result.failure:
         return shown
-    draw = _classified if result.probability is not None else _segmented
+    draw = _segmented if session.study.task.kind == "segmentation" else _classified
     for place, scan in enumerate(session.data.scans(patient)):
         path = folder / f"{len(shown.pictures)}.png"
         caption = draw(session, scan, result, path, checks if place == 0 else None)
@@ -176,7 +183,10 @@ def _classified(
     session: Session, scan: Scan, result: PatientResult, path: Path, checks: list[tuple[float, float]] | None
 ) -> str:
     if not session.study.evaluation.explain:
-        assert result.probability is not None  # noqa: S101 - the caller looked
+        if result.probability is None:
+            image = scan.image[0].numpy()
+            render_maps(path, image[..., image.shape[2] // 2], {})
+            return scan.name
         truth, guess = (session.study.task.labels[i] for i in (result.target, int(result.probability.argmax())))
         render_classification(path, scan.image[0].numpy(), truth, guess, float(result.probability.max()))
         return scan.name
@@ -190,7 +200,17 @@ def _classified(
 
         checks.append(sanity(session, over_view, seen.plane))
     render_maps(path, seen.plane, seen.maps)
-    return f"{scan.name}: slice {seen.number + 1}, predicted {session.study.task.labels[seen.label]}"
+    return f"{scan.name}: slice {seen.number + 1}, {_what_speaks(session.study.task, seen.label)}"
+
+
+def _what_speaks(task: TaskSection, label: int) -> str:
+    """What a map of attention speaks for."""
+    if task.kind == "regression":
+        return f"for a larger {task.target}"
+    if task.kind == "survival":
+        unit = f" {task.unit}" if task.unit else ""
+        return f"for the event between {(0.0, *task.time_cuts)[label]:g} and {task.time_cuts[label]:g}{unit}"
+    return f"predicted {task.labels[label]}"
 
 
 def _words(estimate: Estimate) -> str:

@@ -73,7 +73,8 @@ def supernode_arguments(settings: NodeSettings) -> list[str]:
     if link.certificate and link.certificate_key:
         arguments += ["--client-certificate", link.certificate, "--client-key", link.certificate_key]
         arguments += ["--revocations", link.revocations] if link.revocations else []
-    return arguments
+    policy = settings.site_settings().policy
+    return arguments + (["--policy", str(policy)] if policy else [])
 
 
 def serve_node(settings: NodeSettings, config: Path) -> None:

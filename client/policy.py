@@ -26,7 +26,7 @@ __all__ = ["DAYS", "Denied", "Policy", "PolicyFile", "StudyRule", "Window", "loa
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-Task = Literal["segmentation", "classification"]
+Task = Literal["segmentation", "classification", "regression", "survival"]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

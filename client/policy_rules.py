@@ -11,9 +11,7 @@ Unit of every privacy number: the patient. Neighbouring relation: zero-out of on
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 
-from ..models.spec import ModelSection
 from ..privacy.accounting import COARSE_GRID, epsilon
 from ..privacy.budget import evaluations, metric_event, site_delta, training_event
 from ..privacy.contract import Role
@@ -21,6 +19,7 @@ from ..privacy.errors import BadInput, Reason, Refused
 from ..privacy.signing import verify_study
 from ..privacy.study import Study
 from ..privacy.wire_layout import uplink_names
+from .network_layout import Layout, network_layout
 from .policy import Denied, Policy, StudyRule
 from .settings import SiteSettings
 
@@ -226,22 +225,9 @@ def _cohort(policy: Policy, case: Case) -> Finding:
 # -- model and replies ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _layout(section: str, in_channels: int, channels: int) -> tuple[tuple[str, int, int], ...]:
-    import torch
-
-    from ..models.networks import BUILDERS
-
-    model = ModelSection.model_validate_json(section)
-    with torch.device("meta"):
-        network = BUILDERS[model.name](model, in_channels, channels)
-    tensors = network.state_dict().items()
-    return tuple((name, t.numel(), t.numel() * t.element_size()) for name, t in tensors if t.is_floating_point())
-
-
-def layout_of(study: Study) -> tuple[tuple[str, int, int], ...]:
+def layout_of(study: Study) -> Layout:
     """Name, numbers and bytes of every array of a study's network; nothing of its size is allocated."""
-    return _layout(study.model.model_dump_json(), len(study.data.modalities), study.task.channels)
+    return network_layout(study.model.model_dump_json(), len(study.data.modalities), study.task.channels)
 
 
 def _model_name(policy: Policy, case: Case) -> Finding:

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..models.metrics import dice
 from ..models.networks import build_network
+from ..models.spec import OUTCOMES
 from ..models.state import load_arrays
 from ..privacy.errors import BadInput, DataError, EnvironmentProblem
 from ..privacy.release_pack import Released, open_released
@@ -33,7 +34,7 @@ from .data import checks
 from .data.bids import ScanFiles, find_patients, find_scans
 from .data.nifti import read_volume
 from .data.preprocess import Prepared, prepare
-from .inference import class_probabilities, label_map
+from .inference import class_probabilities, label_map, predicted_outcome
 from .original_grid import on_scan_grid, save_labels
 
 __all__ = ["NOTICE", "Prediction", "predict", "predict_bundle"]
@@ -155,6 +156,9 @@ def _one(model: _Model, files: ScanFiles, out: Path, *, compare: bool) -> Predic
     """Steps 3 and 4 of one scan. Masks play no part in preparing it."""
     prepared = prepare(ScanFiles(files.patient, files.name, files.images, None, files.brain), model.study)
     with torch.inference_mode():
+        if model.study.task.kind in OUTCOMES:
+            found = predicted_outcome(model, prepared.image)
+            return Prediction(files.name, "", {model.study.task.target: found})
         if model.study.task.kind == "classification":
             probabilities = class_probabilities(model, prepared.image)
             named = zip(model.study.task.labels, probabilities.tolist(), strict=True)
@@ -186,7 +190,7 @@ def _saved(
 
 
 def _line(row: Prediction, study: Study) -> str:
-    unit = "" if study.task.kind == "classification" else " ml"
+    unit = " ml" if study.task.kind == "segmentation" else f" {study.task.unit}".rstrip()
     words = [f"{name} {value:.3g}{unit}" for name, value in row.values.items()]
     words += [f"{name} {value:.3f}" for name, value in row.dice.items()]
     return f"{row.scan}: {', '.join(words)}"
@@ -194,13 +198,13 @@ def _line(row: Prediction, study: Study) -> str:
 
 def _write_table(path: Path, rows: Sequence[Prediction], study: Study) -> None:
     """``predictions.tsv``: volumes in ml or probabilities, and Dice where it was compared."""
-    unit = "" if study.task.kind == "classification" else "_ml"
+    unit = "_ml" if study.task.kind == "segmentation" else ""
     scores = list(dict.fromkeys(name for row in rows for name in row.dice))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["scan", "file", *(f"{name}{unit}" for name in study.task.labels), *scores])
+        table.writerow(["scan", "file", *(f"{name}{unit}" for name in study.task.outputs), *scores])
         for row in rows:
-            values = [f"{row.values[name]:.6g}" for name in study.task.labels]
+            values = [f"{row.values[name]:.6g}" for name in study.task.outputs]
             table.writerow([row.scan, row.file or "n/a", *values, *(_number(row.dice.get(name)) for name in scores)])
 
 

@@ -11,6 +11,10 @@ makes a new one and the root signs a list of those that it took back (``fedneuro
 OpenSSL's own check would ask for a list of every authority in the chain, each renewed every two weeks. So the chain is
 compared with the one list after the handshake and before the first byte (RFC 5280, section 5; Python offers the
 verified chain from 3.13 on by name, before that under a private one).
+
+gRPC, which carries enrolment and renewal, shows no chain. So its call is made twice over: a handshake by Python, whose
+chain is compared as above, and then gRPC's, which trusts that very certificate and no other (:func:`seen_certificate`).
+Who stands in between and holds the stolen key cannot use the first for the second: it lacks that certificate's key.
 """
 
 import ssl
@@ -22,8 +26,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..privacy.errors import BadInput
+from .way import Way
 
-__all__ = ["Revocations", "refuse_revoked"]
+__all__ = ["Revocations", "refuse_revoked", "seen_certificate"]
 
 
 class Revocations:
@@ -75,6 +80,32 @@ def refuse_revoked(context: ssl.SSLContext, revocations: Revocations) -> None:
             revocations.check(_verified_chain(self))
 
     context.sslsocket_class = CheckedSocket
+
+
+def seen_certificate(address: str, root: bytes, revocations: Path) -> bytes:
+    """The certificate that the gRPC server at ``address`` shows; no certificate above it was taken back.
+
+    Args:
+        address: ``host:port``.
+        root: the pinned root certificate, PEM.
+        revocations: the root's list.
+
+    Returns:
+        PEM, to be trusted in the root's place for one call.
+
+    Raises:
+        BadInput: the list is none.
+        ssl.SSLCertVerificationError: the chain does not reach the root, is another host's, or holds a revoked one.
+        OSError: nobody answers.
+    """
+    way = Way(address)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cadata=root.decode("ascii"))
+    context.set_alpn_protocols(["h2"])
+    refuse_revoked(context, Revocations(revocations, root))
+    with way.connect() as connection, context.wrap_socket(connection, server_hostname=way.host) as secure:
+        return ssl.DER_cert_to_PEM_cert(next(_verified_chain(secure))).encode("ascii")
 
 
 def _verified_chain(connection: ssl.SSLSocket) -> Iterator[bytes]:

@@ -31,12 +31,13 @@ from flwr.common.constant import ErrorCode, SubStatus
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from ..privacy.errors import Reason, Refused
+from ..privacy.errors import ContractViolation, FedNeuroError, Reason, Refused
 from ..privacy.flower_tasks import Doorbell, TaskSource, heartbeat, quicken_transfers
 from ..privacy.pace import Pace
 from .app import answer, masked
 from .integrity import require_integrity
 from .manners import Manners
+from .message_bounds import bound_unfolding, largest_message
 from .node_settings import NodeSettings
 from .run_folder import RunFolder
 from .sandboxed_site import SandboxedSite
@@ -92,6 +93,9 @@ class Runner:
                 pace.news()
             else:
                 self._bell.wait(pace.pause())
+                for _ in range(self._bell.turned_away):
+                    self._site.turn_away("", ContractViolation("a message that was too large to be taken in"))
+                self._bell.turned_away = 0
 
     def close(self) -> None:
         """Release the connection, and sign the audit log."""
@@ -117,9 +121,15 @@ class Runner:
                 lost = Message(Error(ErrorCode.NODE_UNAVAILABLE, Reason.LOST.value), reply_to=message)
                 push_message(client, lost, context)
             raise
-        except (httpx.HTTPError, RuntimeError, ValueError, ObjectPullError) as error:
-            # The run was stopped, the SuperNode went away, or the message cannot be read at all.
+        except (httpx.HTTPError, ObjectPullError) as error:
+            # The run was stopped, or the SuperNode went away.
             _log.warning("a task was given up: %s: %s", type(error).__name__, error)
+        except Exception as error:
+            # A message that cannot be put together; the SuperNode answers where nothing is handed over.
+            _log.warning("a task was given up: %s: %s", type(error).__name__, error)
+            if message is None:
+                known = error if isinstance(error, FedNeuroError) else ContractViolation("a message that is none")
+                self._site.turn_away("", known)
         finally:
             push_task_output(client, context, status, "")
             client.close()
@@ -154,6 +164,7 @@ def serve(settings: NodeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     quicken_transfers()
+    bound_unfolding(largest_message(settings.site_settings().policy))
     integrity = require_integrity(record=settings.runner.require_record)
     site_settings, folder = settings.site_settings(), RunFolder(Path(settings.site.state))
     lock = folder.hold("runner", "a runner")

@@ -2,9 +2,9 @@
 """A site whose work is done by a child process behind walls, while both gates stay in the runner.
 
 What comes in and what goes out passes the gates, the policy and the audit log *here*, where no scan is read and nothing
-is computed (torch only counts the weights of a study's network, without making any); only what lies between them is
-done over there. So a child that was taken over through a hole in what reads
-arrays or scans can reach nobody, and what it answers is still checked against the contract.
+is computed (a process of its own counts the weights of a study's network, :mod:`.network_layout`); only what lies
+between them is done over there. So a child that was taken over through a hole in what reads arrays or scans can reach
+nobody, and what it answers is still checked against the contract.
 """
 
 from ..privacy.contract import Refusal, Request

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+from ..models.heap import keep_heap
 from ..models.losses import build_loss
 from ..models.networks import build_network
 from ..models.state import load_arrays, to_arrays
@@ -64,6 +65,8 @@ class Session:
         )
         wanted = study.training.device
         self.device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_heap()
         self.network = build_network(
             study.model, in_channels=len(study.data.modalities), out_channels=study.task.channels, seed=study.study.seed
         ).to(self.device)

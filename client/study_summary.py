@@ -36,7 +36,7 @@ def summary(study: Study, site: SiteSettings) -> list[str]:
     lines = [
         f"Study      {study.study.name}: {study.study.description or 'no description'}",
         f"Hash       {study.hash}",
-        f"Task       {study.task.kind} of {', '.join(study.task.labels)} from {', '.join(study.data.modalities)}",
+        f"Task       {study.task.kind} of {', '.join(study.task.outputs)} from {', '.join(study.data.modalities)}",
         f"Model      {study.model.name}, {study.model.dims}D, {count:,} parameters",
         f"Here       {'trains on' if trains else 'only judges with'} the scans of data set {site.dataset_id} "
         f"(declared size {site.public_size}), {rounds} rounds",

@@ -2,16 +2,18 @@
 """Flower's SuperNode with shorter pauses: ``python -m fedneuro.client.supernode`` takes its own options.
 
 Beside them ``--client-certificate`` and ``--client-key``: what it shows to the coordinator's guard
-(:mod:`.mutual_tls`); ``--revocations``: what the coordinator's root took back (:mod:`.revocations`); and ``--bundle``:
-SHA-256 of the only app bundle whose settings are read at all, so that a zip bomb in another one is never opened. On
-SIGUSR1 it sends the reply in hand, and ends when none is.
+(:mod:`.mutual_tls`); ``--revocations``: what the coordinator's root took back (:mod:`.revocations`); ``--bundle``:
+SHA-256 of the only app bundle whose settings are read at all, so that a zip bomb in another one is never opened; and
+``--policy``: the hospital's, for how large a message may be (:mod:`.message_bounds`). On SIGUSR1 it sends the reply in
+hand, and ends when none is.
 
 Flower 1.41 pauses for a fixed 3 s between two looks for a message and for 0.5 s between two looks for the
 reply (``flwr/supernode/start_client_internal.py``); a round of two messages loses up to seven seconds to it.
 This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
 Flower's own entry point. The look for a part of a message that is on its way begins sooner too
 (:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`), and a link that breaks during a TLS handshake is a broken
-link (:func:`keep_trying`), a message whose run ends while it is on its way is put aside (:func:`put_aside_ended_runs`);
+link (:func:`keep_trying`), a message whose run ends while it is on its way is put aside (:func:`put_aside_ended_runs`),
+and every other message is answered, also where the runner dies (:mod:`.lost_tasks`);
 nothing else is touched. Contract tests read Flower's source and fail if what is changed is
 no longer where it was.
 """
@@ -27,8 +29,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..privacy.flower_tasks import quicken_transfers, ring
+from ..privacy.flower_tasks import quicken_transfers
 from ..privacy.pace import Pace
+from .lost_tasks import RunnerWatch, answer_lost_tasks
+from .message_bounds import bound_answers, bound_messages, largest_message
 from .mutual_tls import present_certificate
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "main",
     "open_only",
     "put_aside_ended_runs",
+    "rest_after_a_reply",
     "shorten_pauses",
 ]
 
@@ -57,8 +62,12 @@ _connected: list[bool] = []
 """Holds something once the main loop pauses: there is a connection, and perhaps a reply in hand."""
 
 
-def shorten_pauses() -> None:
-    """Let the SuperNode's main loop pause as long as :class:`Pace` says."""
+def shorten_pauses(wait: Callable[[float], None] = time.sleep) -> None:
+    """Let the SuperNode's main loop pause as long as :class:`Pace` says.
+
+    Args:
+        wait: waits for a reply, at most so many seconds.
+    """
     from flwr.supernode import start_client_internal as loop
 
     idle, reply = Pace(shortest=0.08), Pace(shortest=0.01, longest=0.25)
@@ -77,7 +86,7 @@ def shorten_pauses() -> None:
         if _draining and (kind == "idle" or time.monotonic() - _draining[0] > DRAIN_SECONDS):
             _draining.clear()
             _leave()
-        time.sleep(pace.pause())
+        (wait if kind == "reply" else time.sleep)(pace.pause())
 
     loop.__dict__["time"] = SimpleNamespace(sleep=sleep)
 
@@ -108,7 +117,7 @@ def open_only(bundle: str) -> None:
     loop.__dict__["get_fused_config_from_fab"] = guarded
 
 
-def announce_tasks(secret: Path) -> None:
+def announce_tasks(watch: RunnerWatch) -> None:
     """Ring the runner's bell whenever a message, with all of its parts, has been taken in."""
     from flwr.supernode import start_client_internal as loop
 
@@ -117,10 +126,35 @@ def announce_tasks(secret: Path) -> None:
     def announced(*arguments: Any, **named: Any) -> Any:
         run_id = pull(*arguments, **named)
         if run_id is not None:
-            ring(secret)
+            watch.taken(named.get("state"))
         return run_id
 
     loop.__dict__["_pull_and_store_message"] = announced
+
+
+def rest_after_a_reply() -> None:
+    """Leave out the look for a message that Flower takes as soon as a reply was sent.
+
+    A look is a write to the SuperLink's database, for which the other nodes' replies wait just then; there is no new
+    message before the coordinator has seen them all. Where the message before had been there at once, more may wait:
+    then it is taken.
+    """
+    from flwr.supernode import start_client_internal as loop
+
+    pull = loop.__dict__["_pull_and_store_message"]
+    waited = replied = False
+
+    def pulled(*arguments: Any, **named: Any) -> Any:
+        nonlocal waited, replied
+        if waited and replied:
+            waited = replied = False
+            return None
+        run_id = pull(*arguments, **named)
+        replied = run_id is not None
+        waited = waited or not replied
+        return run_id
+
+    loop.__dict__["_pull_and_store_message"] = pulled
 
 
 def put_aside_ended_runs() -> None:
@@ -192,17 +226,26 @@ def main() -> int:
     own.add_argument("--client-key", type=Path)
     own.add_argument("--revocations", type=Path)
     own.add_argument("--bundle")
+    own.add_argument("--policy", type=Path)
     own.add_argument("--superexec-auth-secret-file", type=Path)  # Flower's own, read here too
     options, rest = own.parse_known_args()
+    bound_answers()
     if options.client_certificate and options.client_key:
         present_certificate(options.client_certificate, options.client_key, options.revocations)
-    shorten_pauses()
     keep_trying()
     put_aside_ended_runs()
+    answer_lost_tasks()
     quicken_transfers()
     if options.superexec_auth_secret_file:
-        announce_tasks(options.superexec_auth_secret_file)
+        watch = RunnerWatch(options.superexec_auth_secret_file)
+        bound_messages(largest_message(options.policy), watch.refused)
+        announce_tasks(watch)
+        shorten_pauses(watch.wait)
         rest += ["--superexec-auth-secret-file", str(options.superexec_auth_secret_file)]
+    else:
+        bound_messages(largest_message(options.policy))
+        shorten_pauses()
+    rest_after_a_reply()
     if options.bundle:
         open_only(options.bundle)
     signal.signal(signal.SIGUSR1, _drain)

@@ -5,12 +5,30 @@ They live in this room because networks, losses and metrics are built from them 
 (:mod:`fedneuro.privacy.study`) composes them with the sections that the other rooms read.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-__all__ = ["ModelSection", "Section", "TaskSection", "Trainable", "contradiction"]
+__all__ = ["OUTCOMES", "SUITED_LOSSES", "ModelSection", "Section", "TaskSection", "Trainable", "contradiction"]
+
+OUTCOMES: Final = ("regression", "survival")
+"""Kinds of task that predict an outcome of a patient: a number, or the time to an event."""
+SUITED_LOSSES: Final[Mapping[str, tuple[str, ...]]] = {
+    "segmentation": ("dice_ce", "dice", "cross_entropy", "focal"),
+    "classification": ("cross_entropy", "focal"),
+    "regression": ("mse", "l1", "huber"),
+    "survival": ("hazard",),
+}
+"""Losses by kind of task; :mod:`.losses` has them."""
 
 Trainable = Annotated[
     Literal["all", "norm+bias", "norm+bias+head", "head", "decoder"],
@@ -36,15 +54,16 @@ def contradiction(key: str, found: str, allowed: str) -> PydanticCustomError:
 class TaskSection(Section):
     """What the model predicts."""
 
-    kind: Literal["segmentation", "classification"] = Field(
-        default="segmentation", description="What is predicted: a label per voxel, or a class per patient."
+    kind: Literal["segmentation", "classification", "regression", "survival"] = Field(
+        default="segmentation",
+        description="What is predicted: a label per voxel; or per patient a class, a number, or the time to an event.",
     )
     labels: tuple[Label, ...] = Field(
         default=("lesion",),
         min_length=1,
         max_length=32,
         description="Segmentation: names of the mask values 1, 2, … (0 is background). "
-        "Classification: names of the classes, as they stand in the target column.",
+        "Classification: names of the classes, as they stand in the target column. Outcomes have none.",
     )
     mask: str = Field(
         default="label-lesion_mask",
@@ -54,32 +73,100 @@ class TaskSection(Section):
     target: str = Field(
         default="",
         pattern=r"^[A-Za-z0-9_]{0,64}$",
-        description="Classification: column of participants.tsv that holds the class.",
+        description="Column of participants.tsv that holds the class, the number, or the time until the event or the "
+        "end of observation.",
+    )
+    event: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_]{0,64}$",
+        description="Survival: column of participants.tsv that is 1 where the event was seen at that time, 0 where "
+        "observation ended without it.",
+    )
+    time_cuts: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
+        default=(),
+        max_length=64,
+        description="Survival: rising times at which intervals end, the first of which begins at 0. The model gives "
+        "the hazard of each. Public: fixed here, not taken from patients.",
+    )
+    centre: float = Field(
+        default=0.0,
+        ge=-1e9,
+        le=1e9,
+        description="Regression: a usual value, from the literature; the model learns (value - centre) / scale.",
+    )
+    scale: float = Field(
+        default=1.0, gt=0, le=1e9, description="Regression: a usual spread, as centre; errors are told in the unit."
+    )
+    unit: str = Field(
+        default="",
+        pattern=r"^[A-Za-z][A-Za-z0-9 /%_-]{0,15}$|^$",
+        description="Regression and survival: unit of the target, such as years, for reports.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise contradiction("labels", f"labels repeat a name: {list(self.labels)}", "name each label once")
-        if self.kind == "classification" and not self.target:
+        if self.kind != "segmentation" and not self.target:
             raise contradiction(
-                "target", 'target is empty while kind = "classification"', "name the column of participants.tsv"
+                "target", f'target is empty while kind = "{self.kind}"', "name the column of participants.tsv"
             )
         if self.kind == "classification" and len(self.labels) < 2:
             raise contradiction("labels", "one class only", "classification needs at least two classes")
+        self._check_outcome()
         return self
+
+    def _check_outcome(self) -> None:
+        if self.kind in OUTCOMES and self.labels != ("lesion",):
+            raise contradiction("labels", f'labels with kind = "{self.kind}"', "leave them out: an outcome has none")
+        for key, owners in _OWNERS.items():
+            if self.kind not in owners and getattr(self, key) != type(self).model_fields[key].default:
+                raise contradiction(key, f'{key} with kind = "{self.kind}"', f"{key} belongs to {' and '.join(owners)}")
+        if self.kind != "survival":
+            return
+        if not self.event:
+            raise contradiction("event", 'event is empty while kind = "survival"', "name its column")
+        if self.event == self.target:
+            raise contradiction("event", f'"{self.event}" is the target, too', "time and event are two columns")
+        if not self.time_cuts or list(self.time_cuts) != sorted(set(self.time_cuts)):
+            found = f"time_cuts = {list(self.time_cuts)}"
+            raise contradiction("time_cuts", found, "give rising times, such as [6.0, 12.0, 24.0]")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came with outcomes stand in the canonical form where they are used alone: older hashes hold."""
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in _OWNERS or getattr(self, k) != fields[k].default}
 
     @property
     def channels(self) -> int:
         """Number of output channels of the network: background counts for segmentation."""
+        if self.kind in OUTCOMES:
+            return len(self.time_cuts) or 1
         return len(self.labels) + (1 if self.kind == "segmentation" else 0)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what is predicted: the labels, the classes, or the outcome's column."""
+        return (self.target,) if self.kind in OUTCOMES else self.labels
+
+
+_OWNERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "event": ("survival",),
+    "time_cuts": ("survival",),
+    "centre": ("regression",),
+    "scale": ("regression",),
+    "unit": OUTCOMES,
+}
+"""Keys that came with outcomes, and the kinds that read them."""
 
 
 class ModelSection(Section):
     """Which network, and how large."""
 
     name: Literal["unet", "resnet"] = Field(
-        default="unet", description="unet for segmentation, resnet for classification."
+        default="unet", description="unet for segmentation, resnet for classification and outcomes."
     )
     dims: Literal[2, 3] = Field(default=2, description="2: slices, 3: volumes.")
     channels: tuple[Annotated[int, Field(ge=2, le=1024)], ...] = Field(

@@ -8,7 +8,7 @@ field is listed and bounded here, and both sides check it. Disclosure rules, for
 - counts of patients are rounded to multiples of 5, so that differences of counts tell nothing of one patient either;
 - the 5th and 95th percentiles are told from 4 k patients on, quartiles from 2 k, medians from k; never a minimum or
   maximum; all values are rounded to two digits;
-- nothing is told for a study with differential privacy: these numbers have no noise, and would void its promise.
+- for a study with differential privacy these numbers would void its promise: it gets :mod:`.noised_statistics`.
 
 This is statistical disclosure control, not differential privacy: it does not compose, so hand over one file, not many.
 """

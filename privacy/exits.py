@@ -47,7 +47,7 @@ def run_command(app: typer.Typer) -> NoReturn:
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error}; this is a bug, please report it with {_report()}", 1)
     if code == INTERRUPTED:  # Typer turns Ctrl-C into this value
-        _fail("stopped; what was saved is whole: the same command with --resume goes on", INTERRUPTED)
+        _fail("stopped; what was saved is whole: give the same command again (a run: with --resume)", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -29,7 +29,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from .errors import BadInput
 
-__all__ = ["Doorbell", "TaskSource", "heartbeat", "quicken_transfers", "ring"]
+__all__ = ["TURNED_AWAY", "Doorbell", "RunnerLine", "TaskSource", "heartbeat", "quicken_transfers"]
 
 HEARTBEAT_SECONDS = 10.0
 """Flower gives a task up after 30 s without a sign of life."""
@@ -100,6 +100,10 @@ def _bell_name(secret: Path) -> str:
     return f"\0fedneuro-bell-{hashlib.sha256(b'bell' + secret.read_bytes()).hexdigest()[:32]}"
 
 
+TURNED_AWAY = b"turned away"
+"""What a ring says of a message that the SuperNode did not take in; any other ring announces a task."""
+
+
 class Doorbell:
     """Where a runner waits: a task is announced here as soon as all of its parts are there.
 
@@ -108,12 +112,16 @@ class Doorbell:
 
     Args:
         secret: file of the secret that SuperNode and runner share.
+
+    Attributes:
+        there: whether it can ring.
+        turned_away: messages that were turned away, and that nobody has written down yet.
     """
 
     def __init__(self, secret: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self.there = False
+        self.there, self.turned_away = False, 0
         with suppress(OSError):
             self._socket.bind(_bell_name(secret))
             self.there = True
@@ -123,8 +131,8 @@ class Doorbell:
         if not select.select([self._socket], [], [], seconds)[0]:
             return False
         with suppress(OSError):
-            while self._socket.recv(16):
-                pass
+            while word := self._socket.recv(16):
+                self.turned_away += word == TURNED_AWAY
         return True
 
     def close(self) -> None:
@@ -132,11 +140,45 @@ class Doorbell:
         self._socket.close()
 
 
-def ring(secret: Path) -> None:
-    """Tell the runner that waits with the same secret, if one does."""
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
-        bell.setblocking(False)
-        bell.sendto(b"!", _bell_name(secret))
+class RunnerLine:
+    """A line to the :class:`Doorbell` of one process: rings it, and tells when that very process is gone.
+
+    The kernel tells (unix(7): a socket that was connected to one which is no more gets ``ECONNREFUSED``), at once, and
+    also where another process waits under the same name by then.
+
+    Args:
+        secret: file of the secret that both sides share.
+    """
+
+    def __init__(self, secret: Path) -> None:
+        self._name = _bell_name(secret)
+        self._socket: socket.socket | None = None
+
+    def ring(self, word: bytes = b"!") -> bool:
+        """Ring who waits; false, once, where the process that was reached before is gone."""
+        if self._socket is None:
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            line.setblocking(False)
+            try:
+                line.connect(self._name)
+            except OSError:  # nobody waits
+                line.close()
+                return True
+            self._socket = line
+        try:
+            self._socket.send(word)
+        except BlockingIOError:  # it is busy, and has not heard the rings before
+            return True
+        except OSError:
+            self.close()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 PART_TRIES = 40

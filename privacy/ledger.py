@@ -14,7 +14,8 @@ other. Rows are events, not values of ε, so composition over rounds, studies an
 are never changed or deleted, and settling is a row of its own (:mod:`.ledger_chain` says how a change is found).
 
 Unit: the patient. Neighbouring relation: zero-out of one patient. Within a study a patient either trains or is
-evaluated, so the two purposes have budgets of their own; over the data set's life everything is composed.
+evaluated, so the two purposes have budgets of their own; statistics of the data set, which every patient pays for
+(:mod:`.noised_statistics`), have a third. Over the data set's life everything is composed.
 
 SQLite, WAL journal, ``synchronous=FULL``. Anchors: ``<ledger>.anchors`` beside it.
 """
@@ -33,12 +34,13 @@ from .accounting import COARSE_GRID, GaussianEvent, epsilon
 from .budget import Budget
 from .contract import Receipt
 from .errors import BudgetExhausted, EnvironmentProblem
-from .ledger_chain import PATIENCE, AnchorFile, Entry, check_anchor, check_chain, check_receipt, receipt_of
+from .file_lock import PATIENCE
+from .ledger_chain import AnchorFile, Entry, check_anchor, check_chain, check_receipt, receipt_of
 from .second_opinion import agree
 
 __all__ = ["Ledger", "Purpose", "Reservation"]
 
-Purpose = Literal["train", "metrics"]
+Purpose = Literal["train", "metrics", "statistics"]
 
 _TOLERANCE = 1 + 1e-6  # on the budget: σ was calibrated to meet it exactly
 _COLUMNS = tuple(field.name for field in fields(Entry))

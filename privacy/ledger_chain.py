@@ -9,11 +9,9 @@ number, so clocks do not matter.
 Method: Haber and Stornetta 1991, https://doi.org/10.1007/BF00196791.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -21,12 +19,11 @@ from pathlib import Path
 
 from .accounting import GaussianEvent
 from .contract import Receipt
-from .errors import EnvironmentProblem, LedgerDistrusted, Reason
+from .errors import LedgerDistrusted, Reason
+from .file_lock import locked_file
 
-__all__ = ["PATIENCE", "AnchorFile", "Entry", "check_anchor", "check_chain", "check_receipt", "receipt_of"]
+__all__ = ["AnchorFile", "Entry", "check_anchor", "check_chain", "check_receipt", "receipt_of"]
 
-PATIENCE = 60.0
-"""Seconds to wait for another process that holds the ledger."""
 REMEDY = (
     "nothing private is computed with it. Keep the file for the inquiry and tell the data protection officer; "
     "a new ledger starts at zero, so what is already spent must be taken off the data set's budget by hand"
@@ -44,7 +41,7 @@ class Entry:
         study: study hash.
         dataset: identity of the data set.
         round: round of the study; for the record.
-        purpose: ``train`` or ``metrics``: which side of the patient split paid.
+        purpose: ``train`` or ``metrics``: which side of the patient split paid; ``statistics``: both.
         mechanism: name of the event's class.
         sample_rate: q.
         noise_multiplier: σ.
@@ -190,25 +187,10 @@ class AnchorFile:
         """Hold the ledger against other processes; freed by the system if this one dies.
 
         Raises:
-            EnvironmentProblem: another process did not let go of it in :data:`PATIENCE`.
+            EnvironmentProblem: another process does not let go of it.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise EnvironmentProblem(
-                            f"privacy ledger: {self.path} is held by another process for more than {PATIENCE:g} s; "
-                            "end the other process of this site"
-                        ) from None
-                    time.sleep(0.01)
+        with locked_file(self.path, "privacy ledger"):
             yield
-        finally:
-            os.close(descriptor)
 
     def last(self) -> tuple[int, str] | None:
         """The latest anchor, or None."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..models.spec import ModelSection, Section, TaskSection, Trainable, contradiction
+from ..models.spec import OUTCOMES, SUITED_LOSSES, ModelSection, Section, TaskSection, Trainable, contradiction
 from .errors import ContractViolation
 from .study_data import DataSection
 from .study_evaluation import BOUNDED_METRICS, DEFAULT_METRICS, EvaluationSection
@@ -78,8 +78,10 @@ class TrainingSection(Section):
     optimizer_state: Literal["keep", "reset"] = Field(
         default="keep", description="A site's optimiser state between rounds: kept at the site, or started anew."
     )
-    loss: Literal["dice_ce", "dice", "cross_entropy", "focal"] = Field(
-        default="dice_ce", description="Loss. Dice losses are for segmentation; each is a mean over images."
+    loss: Literal["dice_ce", "dice", "cross_entropy", "focal", "mse", "l1", "huber", "hazard"] = Field(
+        default="dice_ce",
+        description="Loss, a mean over images. Dice losses are for segmentation; mse, l1, huber for regression; "
+        "hazard, the likelihood of survival in intervals of time, for survival.",
     )
     ema: float = Field(
         default=0.0,
@@ -180,7 +182,7 @@ class Study(Section):
         if self.evaluation.metrics:
             return self.evaluation.metrics
         if self.privacy.metrics == "noise":
-            return ("dice",) if self.task.kind == "segmentation" else ("accuracy",)
+            return DEFAULT_METRICS[self.task.kind][:1]
         return DEFAULT_METRICS[self.task.kind]
 
     @property
@@ -239,6 +241,9 @@ class Study(Section):
             raise contradiction(
                 "privacy.metrics", 'privacy.metrics = "noise" with privacy.mode = "none"', 'use "suppress"'
             )
+        if self.task.kind in OUTCOMES:
+            found = f'privacy.metrics = "noise" with task.kind = "{self.task.kind}"'
+            raise contradiction("privacy.metrics", found, 'its metrics have no bound to scale noise by: use "suppress"')
         for key, names in (("metrics", self.evaluation.metrics), ("select", (self.evaluation.select,))):
             if unbounded := sorted(set(names) - BOUNDED_METRICS - {"", "last"}):
                 raise contradiction(
@@ -281,10 +286,9 @@ class Study(Section):
         self.privacy.check_beside(model.name, self.training.trainable, self.training.precision)
         if data.spacing and len(data.spacing) != 3:
             raise contradiction("data.spacing", f"{len(data.spacing)} numbers", "give three numbers in mm, or none")
-        if not segmentation and self.training.loss in ("dice", "dice_ce"):
-            raise contradiction(
-                "training.loss", f'"{self.training.loss}" for classification', 'use "cross_entropy" or "focal"'
-            )
+        if self.training.loss not in (suited := SUITED_LOSSES[task.kind]):
+            allowed = " or ".join(f'"{name}"' for name in suited)
+            raise contradiction("training.loss", f'"{self.training.loss}" for {task.kind}', f"use {allowed}")
         self.evaluation.check_beside(task.kind, self.metric_names)
         if self.privacy.mode != "none" and not self.training.local_steps:
             raise contradiction(

@@ -30,6 +30,7 @@ Metric = Literal[
     "dice", "nsd", "hd95", "volume_difference",
     "lesion_f1", "lesion_sensitivity", "false_positives", "lesion_count_difference", "lesion_dice", "lesion_hd95",
     "accuracy", "auroc", "auprc", "sensitivity", "specificity", "brier", "ece", "reliability",
+    "mae", "rmse", "c_index",
 ]  # fmt: skip
 """Names of metrics; what each means is in :mod:`fedneuro.models.metrics` and ``docs/results.md``."""
 Stratum = Literal["age", "sex", "vendor", "field", "size"]
@@ -42,11 +43,15 @@ SUITED_METRICS: Final[Mapping[str, frozenset[str]]] = {
     "classification": frozenset(
         {"accuracy", "auroc", "auprc", "sensitivity", "specificity", "brier", "ece", "reliability"}
     ),
+    "regression": frozenset({"mae", "rmse"}),
+    "survival": frozenset({"c_index"}),
 }
 """Metrics by kind of task."""
 DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {
     "segmentation": ("dice", "hd95"),
     "classification": ("accuracy", "auroc"),
+    "regression": ("mae", "rmse"),
+    "survival": ("c_index",),
 }
 """What a study that names none asks for."""
 BOUNDED_METRICS: Final = frozenset({"dice", "accuracy"})
@@ -72,8 +77,9 @@ class EvaluationSection(Section):
     )
     metrics: tuple[Metric, ...] = Field(
         default=(),
-        description="Metrics. Empty: dice and hd95 of a segmentation, accuracy and auroc of a classification. All but "
-        "dice, accuracy, auroc and the one that selects are computed in the final evaluation only.",
+        description="Metrics. Empty: dice and hd95 of a segmentation, accuracy and auroc of a classification, mae and "
+        "rmse of a regression, c_index of survival. The costly ones are computed in the final evaluation only, unless "
+        "they select: of a segmentation all but dice, of a classification all but accuracy and auroc.",
     )
     select: Metric | Literal["", "last"] = Field(
         default="",

@@ -25,7 +25,7 @@ from .study import Study
 from .study_faults import KeyPath, Places, dotted, fault_lines, short
 from .study_words import describe, json_schema, reference_markdown, section_of, section_schemas
 
-__all__ = ["describe", "json_schema", "load_study", "reference_markdown"]
+__all__ = ["describe", "json_schema", "load_study", "parse_study", "reference_markdown"]
 
 _BARE_WORD = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 _HEADER = re.compile(r"\s*\[\[?([^\[\]]+)\]")
@@ -51,8 +51,16 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             its place, key, what was found and what is allowed.
     """
     path = Path(path)
-    text = _read(path)
-    places = Places(str(path), _key_lines(text))
+    return parse_study(_read(path), str(path), overrides)
+
+
+def parse_study(text: str, name: str, overrides: Sequence[str] = ()) -> Study:
+    """Validate the text of a study file; ``name`` stands for the file in faults. Otherwise as :func:`load_study`.
+
+    Raises:
+        StudyError: The text is not TOML, or is not a valid study.
+    """
+    places = Places(name, _key_lines(text))
     values = _parse(text, places)
     faults = _apply(values, overrides, places)
     if faults:

@@ -178,9 +178,12 @@ def describe(study: Study) -> str:
     lines = ["# Effective study: defaults are filled in.", f"# Study hash: {study.hash}"]
     for section, keys in section_schemas().items():
         lines += ["", f"[{section}]"]
+        hashed: Any = json.loads(study.canonical)
+        for name in section.split("."):
+            hashed = hashed[name]
         for key, schema in keys.items():
             field, value = _value(study, section, key)
-            if field.exclude and value == field.default:
+            if key not in hashed and value == field.default:
                 continue  # no part of the canonical form
             lines += textwrap.wrap(_meaning(schema), 100, initial_indent="# ", subsequent_indent="# ")
             lines.append(f"{key} = {toml_value(value)}")

@@ -161,6 +161,8 @@ def _unpack(records: Mapping[str, Any], body: bytes) -> "RecordDict":
             continue
         arrays = {}
         for key, dtype, shape, kind, size in record["arrays"]:
+            if type(size) is not int or not 0 <= size <= len(body) - offset:
+                raise ValueError("an array has another length than the body")  # one by one, before any is copied
             arrays[key] = Array(dtype, tuple(shape), kind, body[offset : offset + size])
             offset += size
         content[name] = ArrayRecord(arrays)

@@ -191,7 +191,7 @@ def _grid(x_axis: _Scale, y_axis: _Scale, x_title: str, y_title: str, height: in
             Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, x_axis.end, y, y)
         )
         parts.append(_text(LEFT - 7, y + 4, f"{tick:g}", "end"))
-    ticks = _ticks(x_axis.low, x_axis.high, whole=True)
+    ticks = _ticks(x_axis.low, x_axis.high, whole=x_axis.high - x_axis.low >= 1)
     parts += [_text(x_axis(tick), height - BOTTOM + 16, f"{tick:g}", "middle") for tick in ticks]
     parts.append(_text((LEFT + x_axis.end) / 2, height - 5, x_title, "middle", "axis"))
     middle = (TOP + height - BOTTOM) / 2

@@ -2,13 +2,15 @@
 """``fedneuro-server``: the coordinator."""
 
 import json
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..privacy.exits import run_command
-from . import cli_consortium, cli_dashboard, cli_data, cli_release, cli_runs
+from . import cli_consortium, cli_dashboard, cli_data, cli_release, cli_runs, cli_sinks
 
 __all__ = ["app", "main"]
 
@@ -63,8 +65,13 @@ def schema() -> None:
 def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, finished or not.")]) -> None:
     """Write results, report and signed manifest of a run from its saved state, also after a crash."""
     from .outcome import write_outcome
+    from .saved_study import OLDER
+    from .store import RunStore
 
     write_outcome(out)
+    with closing(RunStore.load(out)) as store:
+        if store.older:
+            print(f"note: {out}: {OLDER}", file=sys.stderr)
     print(out / "report.html")
 
 
@@ -73,6 +80,7 @@ cli_runs.register(app)
 cli_data.register(app)
 cli_dashboard.register(app)
 cli_release.register(app)
+cli_sinks.register(app)
 
 
 def main() -> None:

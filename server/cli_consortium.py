@@ -37,6 +37,9 @@ def init(
         int, typer.Option("--port", help="First of three ports in a row: guard, enrolment, renewal.", min=1, max=65533)
     ] = 8443,
     superlink_port: Annotated[int, typer.Option("--superlink-port", help="Flower's port, on 127.0.0.1.")] = 8000,
+    dashboard_port: Annotated[
+        int | None, typer.Option("--dashboard-port", help="8450; with --port seven above that.", min=1, max=65535)
+    ] = None,
     database: Annotated[str, typer.Option("--database", help="sqlite:///FILE or postgresql+psycopg://...")] = (
         "sqlite:///state.db"
     ),
@@ -55,6 +58,7 @@ def init(
         "consortium": {"name": name},
         "server": {"host": host, "listen": "127.0.0.1" if host == "localhost" else "0.0.0.0"},  # noqa: S104
         "ports": {"guard": port, "enrolment": port + 1, "renewal": port + 2, "superlink": superlink_port},
+        "dashboard": {"port": dashboard_port or _beside(port, superlink_port)},
         "state": {"url": database},
     }
     try:
@@ -173,7 +177,8 @@ def rotate(
     if take_back and root_key is None:
         raise BadInput("--take-back: needs --root-key FILE, for only the root can take an issuing key back")
     if root_key is not None:
-        consortium.unlock(passphrase)
+        # One passphrase seals both; issuing keys that end now may be lost already.
+        (consortium.unlock_study_key if take_back else consortium.unlock)(passphrase)
         root_passphrase = _root_passphrase(root_passphrase_file)
         number = consortium.replace_issuing(root_key, root_passphrase, passphrase, take_back=take_back)
         print(f"issuing key {number} is in use" + ("; all hospitals must be invited again" if take_back else ""))
@@ -189,8 +194,17 @@ def start(
     passphrase_file: PassphraseFile = None,
     passphrase_fd: PassphraseFd = None,
     dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard", help="A web page on this machine.")] = True,
+    resume_private: Annotated[
+        bool,
+        typer.Option(
+            "--resume-private", help="Let interrupted private runs go on too: the round under way is charged again."
+        ),
+    ] = False,
 ) -> None:
-    """Run the coordinator until stopped: SuperLink, ServerApp runner, guard, enrolment service and dashboard."""
+    """Run the coordinator until stopped: SuperLink, ServerApp runner, guard, enrolment service and dashboard.
+
+    Runs whose process died go on by themselves where that costs no patient anything; see runs.resume in server.toml.
+    """
     from .consortium import Consortium
     from .supervisor import Supervisor, serve
 
@@ -198,7 +212,8 @@ def start(
     consortium.check_secure()
     issuer = consortium.unlock(_passphrase(passphrase_file, passphrase_fd))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for loud in ("alembic", "httpx"):
+        logging.getLogger(loud).setLevel(logging.WARNING)
 
     def ready(supervisor: Supervisor) -> None:
         settings = consortium.settings
@@ -213,7 +228,7 @@ def start(
         if not settings.guard.nginx:
             print("  no guard is started: run nginx with `fedneuro-server proxy nginx` yourself", flush=True)
 
-    serve(consortium, issuer, ready, dashboard=dashboard)
+    serve(consortium, issuer, ready, dashboard=dashboard, resume="all" if resume_private else None)
 
 
 def proxy(
@@ -232,6 +247,11 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``fedneuro-server``."""
     for command in (init, start, invite, sites, revoke, rotate, proxy):
         app.command()(command)
+
+
+def _beside(port: int, superlink_port: int) -> int:
+    """The dashboard's port where none is given: 8450 beside 8443, and another for a second consortium."""
+    return next(found for found in (port + 7, port + 8, port - 1) if found <= 65535 and found != superlink_port)
 
 
 def _passphrase(file: Path | None, descriptor: int | None) -> Any:

@@ -171,14 +171,19 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="Do not wait until the round under way is saved.")] = False,
     within: Annotated[float, typer.Option("--within", min=0, help="Seconds to wait until it has stopped.")] = 60.0,
 ) -> None:
-    """Stop a run after the round under way, or at once.
+    """Stop a run after the round under way, or at once; an interrupted one is left alone by `start` from then on.
 
     It can be resumed. Exit code 2: it is not under way.
     """
+    from .resumption import note_stop
     from .run_view import view_run
 
     folder = _find(config, run)
     view = view_run(folder)
+    if view.status == "interrupted" and view.events:
+        note_stop(folder)
+        print(f"run {folder.name} was interrupted, and is left as it is; fedneuro-server resume {folder.name} goes on")
+        return
     if not view.is_live:
         raise BadInput(f"run {folder.name} is not under way: it is {view.status}")
     folder.request_stop("now" if now else "round")
@@ -201,6 +206,7 @@ def resume(run: Run = "last", config: Folder = HERE, patience: Patience | None =
     from dataclasses import replace
 
     from .launch import submit
+    from .resumption import charged_again
     from .run_view import view_run
 
     consortium = _consortium(config)
@@ -210,8 +216,11 @@ def resume(run: Run = "last", config: Folder = HERE, patience: Patience | None =
         raise BadInput(f"run {folder.name} is complete; launch the study again for another run")
     if patience is not None:
         folder.write_plan(replace(folder.plan(), patience=patience))
+    number, again = charged_again(folder) if view.events else (0, ())
     submit(consortium, folder)
     print(f"run {folder.name}: goes on after round {max(view.history, default=0) if view.history else 0}")
+    if again:
+        print(f"  round {number} is asked again: {', '.join(again)} may charge their privacy ledgers for it once more")
     print(f"watch it: fedneuro-server watch {folder.name} --config {config}")
 
 

@@ -79,6 +79,14 @@ class Issuer:
         return b"".join(lists)
 
 
+LOST_ISSUING = "fedneuro-server rotate --root-key FILE --take-back, and invite the hospitals again"
+_LOST = {
+    "tls/server.key": "fedneuro-server rotate makes a new one",
+    "study.json": "make a new consortium; hospitals must trust another study key",
+}
+"""What to do where a key is lost and no backup has it."""
+
+
 class Consortium:
     """An existing consortium.
 
@@ -138,7 +146,7 @@ class Consortium:
         """
         found: dict[int, Authority] = {}
         for number, certificate in self.issuing():
-            key = open_key(self.folder / "ca" / f"issuing-{number}.json", passphrase)
+            key = open_key(self.folder / "ca" / f"issuing-{number}.json", passphrase, lost=LOST_ISSUING)
             found[number] = Authority(certificate, _ecdsa(key))
         if not found or found[max(found)].certificate.not_valid_after_utc <= datetime.now(UTC):
             raise EnvironmentProblem("the issuing certificate has expired; fedneuro-server rotate --root-key FILE")
@@ -193,13 +201,16 @@ class Consortium:
 
         Raises:
             Refused: the root's key still lies here, or a private file can be read by others.
-            EnvironmentProblem: the server's certificate has expired.
+            EnvironmentProblem: a key is lost, or the server's certificate has expired.
         """
         if (root := self.folder / ROOT_KEY).exists():
             raise Refused(f"{root}: the root key is still on this machine; move it to a medium that you lock away")
         private = ["tls/server.key", "study.json", *(f"ca/issuing-{number}.json" for number, _ in self.issuing())]
         for name in private:
-            require_private(self.folder / name)
+            if not (path := self.folder / name).is_file():
+                remedy = _LOST.get(name, LOST_ISSUING)
+                raise EnvironmentProblem(f"{path}: is not there; bring it back from a backup (without it: {remedy})")
+            require_private(path)
         if _load(self.folder / "tls" / "server.crt").not_valid_after_utc <= datetime.now(UTC):
             raise EnvironmentProblem("the server's certificate has expired; run fedneuro-server rotate")
 

@@ -23,9 +23,17 @@
     [state]
     url = "sqlite:///state.db"         # or postgresql+psycopg://USER@HOST/NAME; paths are relative to this file
 
+    [runs]
+    resume = "free"                    # which interrupted runs go on by themselves: free (no budget is charged again),
+                                       # all, or none
+
     [dashboard]
     port = 8450                        # for a browser
     listen = "127.0.0.1"               # another address: TLS with the server's certificate, and a password, are asked
+
+    [sinks]                            # needs pip install 'fedneuro[sinks]'
+    mlflow = ""                        # a tracking server, https://..., or a folder; "": none
+    tensorboard = ""                   # a folder; "": none
 
 There is no key that turns TLS, node authentication or process isolation off.
 """
@@ -33,15 +41,17 @@ There is no key that turns TLS, node authentication or process isolation off.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..privacy.errors import BadInput
 
-__all__ = ["ServerSettings", "load_server_settings", "settings_text"]
+__all__ = ["Resume", "ServerSettings", "load_server_settings", "settings_text"]
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+Resume = Literal["free", "all", "none"]
+"""Which interrupted runs go on by themselves; free: those that cost no patient anything."""
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")]
 
 
@@ -91,11 +101,29 @@ class StatePart(_Part):
     url: Annotated[str, Field(min_length=1, max_length=4096)] = "sqlite:///state.db"
 
 
+class RunsPart(_Part):
+    """What ``start`` does about runs; ``resume`` is that of :mod:`.resumption`."""
+
+    resume: Resume = "free"
+
+
 class DashboardPart(_Part):
     """The coordinator's web page."""
 
     port: Port = 8450
     listen: Annotated[str, Field(pattern=r"^[0-9.]{7,15}$")] = "127.0.0.1"
+
+
+class SinksPart(_Part):
+    """Other programs that runs are shown in; folders are relative to the settings' file."""
+
+    mlflow: Annotated[str, Field(max_length=4096)] = ""
+    tensorboard: Annotated[str, Field(max_length=4096)] = ""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return bool(self.mlflow or self.tensorboard)
 
 
 class ServerSettings(_Part):
@@ -106,10 +134,14 @@ class ServerSettings(_Part):
     ports: PortsPart = Field(default_factory=PortsPart)
     guard: GuardPart = Field(default_factory=GuardPart)
     state: StatePart = Field(default_factory=StatePart)
+    runs: RunsPart = Field(default_factory=RunsPart)
     dashboard: DashboardPart = Field(default_factory=DashboardPart)
+    sinks: SinksPart = Field(default_factory=SinksPart)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if "@" in self.sinks.mlflow:
+            raise ValueError("sinks.mlflow holds a name; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         if self.dashboard.port in self.ports.model_dump().values():
             raise ValueError("dashboard.port is one of the four ports in [ports]; it needs one of its own")
         return self
@@ -166,4 +198,6 @@ def _explain(error: ValidationError) -> str:
         return f"{where} is not a known key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
     if fault["type"] == "missing":
         return f"{where} is missing; add it"
+    if isinstance(fault["input"], dict):  # a rule of several keys; the values say no more, and may be secret
+        return f"{f'[{where}]: ' if where else ''}{fault['msg'].removeprefix('Value error, ')}"
     return f"{where} = {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"

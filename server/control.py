@@ -119,6 +119,18 @@ class Control:
             raise EnvironmentProblem(f"the SuperLink does not start the run: {error}") from error
         return int(response.run_id)
 
+    def is_over(self, flower_run: int) -> bool:
+        """Whether a submitted run has ended, or is not known: no process will take it up any more."""
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        try:
+            found = self._client.ListRuns(ListRunsRequest(run_id=flower_run)).run_dict
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in (400, 404):
+                return True
+            raise
+        return flower_run not in found or found[flower_run].status.status == "finished"
+
     def close(self) -> None:
         """Release the connection."""
         self._client.close()

@@ -2,10 +2,12 @@
 """What hospitals told of their data sets, side by side. Each file is checked against what may be told at all.
 
 The files come by hand, after the hospital's staff have read them; no message of a study carries them. Percentiles of
-hospitals cannot be pooled, so they stand beside each other; rounded counts are added up.
+hospitals cannot be pooled, so they stand beside each other; rounded counts are added up. Files of a private study hold
+noised histograms on common bins, which are added up (:mod:`fedneuro.privacy.noised_statistics`).
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +16,15 @@ from pydantic import ValidationError
 
 from ..privacy.data_statistics import Quantiles, Released
 from ..privacy.errors import DataError
+from ..privacy.noised_statistics import Noised, pooled
 
-__all__ = ["beside_each_other", "read_released"]
+__all__ = ["added_up", "beside_each_other", "read_released"]
 
 MAX_BYTES: Final = 1 << 20
+_NOISED: Final = re.compile(rb'"format"\s*:\s*2\b')
 
 
-def read_released(path: Path) -> Released:
+def read_released(path: Path) -> Released | Noised:
     """One hospital's file.
 
     Raises:
@@ -33,7 +37,7 @@ def read_released(path: Path) -> Released:
     if len(raw) > MAX_BYTES:
         raise DataError(f"{path}: over {MAX_BYTES >> 20} MiB; expected a file of fedneuro-node data stats --release")
     try:
-        return Released.model_validate_json(raw)
+        return (Noised if _NOISED.search(raw) else Released).model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -49,10 +53,7 @@ def beside_each_other(files: Sequence[Released]) -> dict[str, Any]:
     Raises:
         DataError: a hospital is there twice.
     """
-    names = [file.site for file in files]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise DataError(f"{', '.join(twice)}: more than one file; expected one per hospital; give the latest")
+    _once(files)
     modalities: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     for file in files:
@@ -71,6 +72,52 @@ def beside_each_other(files: Sequence[Released]) -> dict[str, Any]:
         "modalities": modalities,
         "labels": labels,
     }
+
+
+def added_up(files: Sequence[Noised]) -> dict[str, Any]:
+    """Noised histograms over all hospitals, with what each cost its patients.
+
+    Raises:
+        DataError: a hospital is there twice, or the files are of several studies.
+    """
+    _once(files)
+    if len(studies := {file.study for file in files}) > 1:
+        names = ", ".join(sorted(study[:12] for study in studies))
+        raise DataError(f"files of several studies ({names}); expected one study; show each by itself")
+    return {
+        "study": files[0].study,
+        "patients": sum(file.patients for file in files),
+        "sites": {
+            file.site: {"patients": file.patients, "epsilon": file.epsilon, "delta": file.delta, "noise": file.noise}
+            for file in files
+        },
+        "questions": pooled(files),
+    }
+
+
+def noised_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """A line for each question: what, of what, patients as far as the noise tells, percentiles likewise."""
+    lines: list[tuple[str, str, str]] = []
+    for asked in found["questions"]:
+        spread = 1.96 * asked["noise"] * len(asked["counts"]) ** 0.5
+        about = f"{sum(asked['counts'])} ± {spread:.0f} patients"
+        levels = [f"{name} {_range(*ends)}" for name, ends in asked["percentiles"].items()]
+        said = ", ".join(levels) or ("the noise hides the rest" if asked["edges"] else "")
+        lines.append((f"{asked['of']} {asked['question']}", about, said))
+    return lines
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"< {_number(high)}"
+    return f"> {_number(low)}" if high is None else f"{_number(low)} to {_number(high)}"
+
+
+def _once(files: Sequence[Released] | Sequence[Noised]) -> None:
+    names = [file.site for file in files]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"{', '.join(twice)}: more than one file; expected one per hospital; give the latest")
 
 
 def rows(files: Sequence[Released]) -> list[tuple[str, ...]]:

@@ -32,7 +32,8 @@ _OPTIONS = (
     ("grpc.max_connection_age_grace_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
 )
-_WORKERS, _CALLS = 4, 32
+_WORKERS, _CALLS = 4, 512
+"""Threads, and calls at a time: more wait than work, so that a few that send nothing keep nobody out."""
 _log = logging.getLogger("fedneuro.enrolment")
 
 _Method = Callable[[bytes, grpc.ServicerContext], bytes]

@@ -22,6 +22,7 @@ EventKind = Literal[
     "waiting",  # sites: those that are waited for, seconds: at most, during
     "round-done",  # seconds, sites, asked, missing: {name: since which round}
     "fell-back",  # to this round; lost: the round whose saved state was not whole, text
+    "resumed",  # again: sites whose ledgers may be charged for the round a second time
     "final-started",
     "finished",  # selected_round
     "stopped",  # when: "now" or "round"

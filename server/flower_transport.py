@@ -6,6 +6,9 @@ ever by default. This transport looks often at first and less often later, fetch
 yields exactly one reply per site: the site's own, or a :class:`Refusal` with reason ``lost`` (Flower says that
 the node is gone), ``timeout`` (it did not answer in time), ``contract-violation`` (it answered with something
 else) or the reason that the site's runner gave. Sites go by the name under which their key was registered.
+
+Each look is a write to the SuperLink's database, and the nodes that hand their replies in wait for it. So the first
+look of an exchange is due when, by the one before, the first reply may be there.
 """
 
 import logging
@@ -28,6 +31,8 @@ from ..privacy.wire_bytes import squeeze, unsqueeze
 __all__ = ["FlowerTransport", "registered_nodes"]
 
 ONLINE = "online"
+TOO_EARLY, LONGEST_REST = 0.6, 2.0
+"""No look before so much of the time that the first reply took the last time, but for at most so many seconds."""
 TTL_MARGIN = 60.0
 """Seconds that a message lives longer than we wait for its reply."""
 
@@ -80,6 +85,7 @@ class FlowerTransport:
         self._nodes = nodes
         self._check = check
         self._cut = cut
+        self._usual: dict[str, float] = {}  # seconds until the first reply, by kind of request
 
     def sites(self) -> list[str]:
         """Names of the nodes that are online, sorted; none while the SuperLink cannot be reached."""
@@ -91,7 +97,10 @@ class FlowerTransport:
 
     def exchange(self, requests: Mapping[str, Request], timeout: float) -> Iterator[Reply]:
         """Send each site its request and yield one reply per site, as they arrive; seconds of patience."""
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
+        deadline = started + timeout
+        kind = next((request.kind for request in requests.values()), "")
+        rest_until = started + min(LONGEST_REST, TOO_EARLY * self._usual.pop(kind, 0.0))
         pending: dict[str, str] = {}
         try:
             pending, unsent = self._send(requests, timeout)
@@ -101,11 +110,15 @@ class FlowerTransport:
             queue, pace = deque(pending), Pace(shortest=0.05, longest=0.25)
             while queue and time.monotonic() < min(deadline, self._cut()):
                 self._check()
+                if (rest := rest_until - time.monotonic()) > 0:
+                    time.sleep(max(0.0, min(rest, 0.25, deadline - time.monotonic())))
+                    continue
                 message = next(iter(self._grid.pull_messages([queue[0]])), None)
                 if message is None:
                     queue.rotate(-1)
                     time.sleep(min(pace.pause(), max(0.0, deadline - time.monotonic())))
                     continue
+                self._usual.setdefault(kind, time.monotonic() - started)
                 site = pending.pop(queue.popleft())
                 pace.news()
                 yield _read(message, site, requests[site])

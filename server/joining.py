@@ -85,7 +85,8 @@ class Joining:
             return joined < least or not self._heldout <= set(self.sites)
 
         waiting = Event(kind="waiting", round=number, values={"during": "hello"})
-        wait = self._conduct.wait
+        # A run that goes on after its coordinator died must not end because hospitals are still on their way back.
+        wait = max(self._conduct.wait, self._conduct.patience) if known else self._conduct.wait
         for turn in turns.ask(names, self.absent, missing, waiting, patience=wait, reasons=OPEN, pause=PAUSE):
             self._ask_to_join(turn)
         answered = [name for name in training if name in self.sites]

@@ -13,7 +13,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -34,13 +34,15 @@ from .run_folder import Plan, RunFolder, new_run, run_folders
 from .run_key import vouch_for_run
 from .run_view import RunFollower, RunView, view_run
 from .run_words import clock
+from .saved_study import OLDER, read_saved
 from .sealed_keys import Passphrase
 
-__all__ = ["Launch", "canary_of", "choose_sites", "failure", "follow", "online", "runs_of", "submit"]
+__all__ = ["Launch", "canary_of", "choose_sites", "failure", "follow", "online", "refuse_older", "runs_of", "submit"]
 
 CANARY_EPSILON = 0.1
 """What the one step of a canary may cost a patient; the update is nearly all noise then, which suits a trial."""
 LOOK_SECONDS = 0.25
+TAKEN_UP_SECONDS = 10.0
 
 
 def runs_of(consortium: Consortium) -> Path:
@@ -203,11 +205,24 @@ def submit(consortium: Consortium, folder: RunFolder) -> None:
 
     if folder.is_held:
         raise StateError(f"run {folder.name} is under way; fedneuro-server watch {folder.name} shows it")
+    refuse_older(folder)
     with _control(consortium) as control:
         folder.clear_stop()
         settings = {"study": str(folder.study), "out": str(folder.path)}
         at = time.time()  # before a process can take it up
         folder.note_submission(control.start_run(bundle(), settings), at)
+
+
+def refuse_older(folder: RunFolder) -> None:
+    """Refuse to go on with a run whose study's text is of another version.
+
+    Raises:
+        StateError: it is.
+    """
+    with suppress(OSError):
+        content = folder.study.read_bytes()
+        if read_saved(content, hashlib.sha256(content).hexdigest())[1]:
+            raise StateError(f"run {folder.name}: {OLDER}")
 
 
 @contextmanager
@@ -228,13 +243,17 @@ def follow(
 ) -> RunView:
     """Look at a run until ``until`` holds for it, or it is live no longer, or ``seconds`` are over.
 
-    ``tell`` is given every view; ``follower.new`` has the events that came with it.
+    ``tell`` is given every view; ``follower.new`` has the events that came with it. An interrupted run is given some
+    seconds, in which a running ``start`` takes it up again.
     """
-    deadline = time.monotonic() + seconds
+    deadline, dead_since = time.monotonic() + seconds, inf
     while True:
         view = follower.look()
         tell(view)
-        if until(view) or not view.is_live or time.monotonic() > deadline:
+        now = time.monotonic()
+        dead_since = min(dead_since, now) if view.status == "interrupted" else inf
+        is_over = not view.is_live and (view.status != "interrupted" or now > dead_since + TAKEN_UP_SECONDS)
+        if until(view) or is_over or now > deadline:
             return view
         time.sleep(LOOK_SECONDS)
 

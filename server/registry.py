@@ -64,6 +64,8 @@ def check_url(url: str) -> sa.URL:
         ) from error
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise BadInput(f"state.url: {parsed.get_backend_name()!r} is not supported; use sqlite or postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise BadInput("state.url: names no file, and would forget all sites; write sqlite:///state.db")
     return parsed
 
 
@@ -95,7 +97,8 @@ class Registry:
             with self._engine.begin() as connection:
                 upgrade(connection)
         except DBAPIError as error:
-            raise EnvironmentProblem(f"state.url: {shown} cannot be opened: {_first(error)}") from error
+            remedy = "correct the URL in server.toml, start the database, or bring the file back from a backup"
+            raise EnvironmentProblem(f"state.url: {shown} cannot be opened: {_first(error)}; {remedy}") from error
 
     def close(self) -> None:
         """Release all connections."""

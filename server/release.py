@@ -156,7 +156,7 @@ class _Making:
         """Step 3."""
         folder, study = self.folder / self.bundle, self.study
         words = {
-            "task": f"{study.task.kind}: {', '.join(study.task.labels)}",
+            "task": f"{study.task.kind}: {', '.join(study.task.outputs)}",
             "description": study.study.description or f"{study.study.name}, learned across hospitals with FedNeuro",
             "authors": self.options.authors or TO_WRITE.strip("*"),
             "copyright": self.options.authors or TO_WRITE.strip("*"),

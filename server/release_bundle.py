@@ -29,6 +29,7 @@ from torch import nn
 
 from ..models import bundle_apply
 from ..models.export import network_sources, state_file
+from ..models.spec import OUTCOMES, TaskSection
 from ..privacy.errors import EnvironmentProblem, Refused
 from ..privacy.study import Study
 
@@ -54,7 +55,7 @@ _KEYS: Final = ("schema", "version", "monai_version", "pytorch_version", "numpy_
 
 
 def needs_fedneuro(study: Study) -> list[str]:
-    """Keys of ``[data]`` that ask for what MONAI has not; with none of them the bundle stands alone."""
+    """Keys of the study that ask for what MONAI has not; with none of them the bundle stands alone."""
     data, table = study.data, study.data.preprocessing
     wanted = {
         "data.preprocessing.mask": table.mask != "none",
@@ -63,6 +64,7 @@ def needs_fedneuro(study: Study) -> list[str]:
         "data.preprocessing.clip": bool(table.clip),
         "data.preprocessing.image_interpolation": bool(data.spacing) and table.image_interpolation not in _MODES,
         "data.normalise": data.normalise not in ("zscore", "percentile", "window", "none"),
+        "task.kind": study.task.kind in OUTCOMES,
     }
     return [key for key, there in wanted.items() if there]
 
@@ -245,7 +247,7 @@ def bundle_metadata(study: Study, words: Mapping[str, Any]) -> dict[str, Any]:
     """``configs/metadata.json``; ``words`` adds or replaces keys (authors, task, description, metrics, …)."""
     model, task, data = study.model, study.task, study.data
     segmentation = task.kind == "segmentation"
-    names = (["background"] if segmentation else []) + list(task.labels)
+    names = (["background"] if segmentation else []) + _channel_names(task)
     sides: list[Any] = list(data.patch)
     if segmentation and model.dims == 2:
         sides = [f"{model.stride}*h", f"{model.stride}*w"]
@@ -281,6 +283,12 @@ def bundle_metadata(study: Study, words: Mapping[str, Any]) -> dict[str, Any]:
         },
         **words,
     }  # fmt: skip
+
+
+def _channel_names(task: TaskSection) -> list[str]:
+    if task.kind == "survival":
+        return [f"logit of the hazard of {task.event} before {end:g}" for end in task.time_cuts]
+    return list(task.outputs)
 
 
 def _numbered(names: Any) -> dict[str, str]:

@@ -61,7 +61,7 @@ def model_card(results: Mapping[str, Any], study: Study, facts: Mapping[str, str
         facts: further rows of the first table (parameters, digest, ONNX, signature).
     """
     name, task = study.study.name, study.task
-    what = "Segments" if task.kind == "segmentation" else "Classifies scans into"
+    what = {"segmentation": "Segments", "classification": "Classifies scans into"}.get(task.kind, "Predicts")
     parts = [
         f"# Model card: {name}",
         f"> {NOT_A_DEVICE}",
@@ -69,7 +69,7 @@ def model_card(results: Mapping[str, Any], study: Study, facts: Mapping[str, str
         "## The model",
         _table(("", ""), [*_model_rows(study), *facts.items()]),
         "## Intended use",
-        f"{what} {', '.join(task.labels)} from {', '.join(study.data.modalities)}. Research on data like that of the "
+        f"{what} {', '.join(task.outputs)} from {', '.join(study.data.modalities)}. Research on data like that of the "
         "hospitals below; compare with your own readers on your own scans first (`fedneuro-node predict`).",
         f"{TO_WRITE}: patients, indications, scanners and users that it is meant for, and those that it is not.",
         "## Results",
@@ -104,7 +104,7 @@ def _model_rows(study: Study) -> list[tuple[str, str]]:
     return [
         ("network", f"{model.name}, {model.dims}D, {size} channels, {model.norm} norm"),
         ("input", f"{', '.join(data.modalities)}; {shape}"),
-        ("output", ", ".join(study.task.labels)),
+        ("output", ", ".join(study.task.outputs)),
         ("preprocessing", steps),
         ("training", f"{study.training.rounds} rounds, {study.strategy.name}, start: {study.training.init.title}"),
     ]

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+from ..models.spec import OUTCOMES
 from ..privacy.study import Study
 
 __all__ = ["bundle_readme", "pack_readme"]
@@ -57,6 +58,8 @@ def bundle_readme(study: Study, own: Sequence[str], notice: str) -> str:
     result = "label maps `*_pred.nii.gz` on each scan's own grid"
     if study.task.kind == "classification":
         result = "`predictions.csv`, one row of probabilities per scan"
+    elif study.task.kind in OUTCOMES:
+        result = f"`predictions.tsv`, one row per scan: {study.task.target} {study.task.unit}".rstrip()
     files = json_list(["/path/" + name + ".nii.gz" for name in study.data.modalities])
     single = f"""
 One scan that is not in BIDS, one file per channel in this order: `--datalist "[{{'image': {files}}}]"`.

@@ -220,7 +220,12 @@ def _fairness(results: Json) -> str:
 
 def _output(results: Json) -> str:
     task = _section(results, "task")
-    what = "a label per voxel" if task.get("kind") == "segmentation" else "a probability per class"
+    kind, unit = task.get("kind"), f" ({task['unit']})" if task.get("unit") else ""
+    if kind == "regression":
+        return f"a number: {task['target']}{unit}"
+    if kind == "survival":
+        return f"time without the event up to {task['time_cuts'][-1]:g}{unit}: {task['target']}"
+    what = "a label per voxel" if kind == "segmentation" else "a probability per class"
     return f"{what}: {', '.join(task.get('labels', []))}"
 
 

@@ -103,7 +103,8 @@ def design_summary(evidence: Json) -> list[str]:
     pairs = {
         (row["model"], row["site"]): (row["ours"]["mean"], row["theirs"]["mean"])
         for row in evidence["comparisons"]
-        if row["ours"] and row["theirs"] and row["ours"]["mean"] is not None and row["theirs"]["mean"] is not None
+        if row["metric"] == key and row["ours"] and row["theirs"]
+        if row["ours"]["mean"] is not None and row["theirs"]["mean"] is not None
     }
     sentences = []
     pooled = [values for (model, site), values in pairs.items() if model == "pooled" and site != ALL]

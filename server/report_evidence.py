@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .report_words import Json, interval_text, is_unbounded, metric_name, number, with_interval
+from .report_words import Json, digits_of, interval_text, is_unbounded, metric_name, number, with_interval
 
 __all__ = ["ALL", "ALL_SITES", "EVIDENCE", "OURS", "evidence_view", "p_text", "read_evidence"]
 
@@ -52,8 +52,16 @@ def evidence_view(evidence: Json | None) -> dict[str, Any] | None:
     key = found["metric"]
     return {
         "metric": metric_name(key),
+        "ranked": any("test" in row for row in found["comparisons"]),
+        "by_patient": any("test" not in row for row in found["comparisons"]),
+        "several": len({row["metric"] for row in found["comparisons"]}) > 1,
         "cards": [_card(found, site) for site in found["sites"] if _score(found, OURS, site)],
-        "comparisons": [_comparison(found, row) for row in found["comparisons"] if row["site"] != ALL],
+        "comparisons": [
+            _comparison(found, row)
+            for site in found["sites"]
+            for row in found["comparisons"]
+            if row["site"] == site
+        ],
         "overall": [_comparison(found, row) for row in found["comparisons"] if row["site"] == ALL],
         "all": with_interval(key, _usable(_score(found, OURS, ALL))),
         "matrix": _matrix(found),
@@ -108,7 +116,7 @@ def estimate_text(key: str, estimate: Json | None, *, signed: bool = False) -> s
     if not estimate or estimate.get("mean") is None:
         return "–"
     if signed:
-        digits = 1 if is_unbounded(key) else 3
+        digits = digits_of(key) if is_unbounded(key) else 3
         text = _signed(estimate["mean"], digits)
         ends = estimate.get("ci95")
         return f"{text} ({_signed(ends[0], digits)} to {_signed(ends[1], digits)})" if ends else f"{text} (no interval)"
@@ -117,6 +125,7 @@ def estimate_text(key: str, estimate: Json | None, *, signed: bool = False) -> s
 
 
 def _signed(value: float, digits: int = 2) -> str:
+    value = round(value, digits)
     return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + f"{abs(value):.{digits}f}"
 
 
@@ -138,7 +147,7 @@ def _site(site: str) -> str:
 
 
 def _comparison(found: Json, row: Json) -> dict[str, Any]:
-    key = found["metric"]
+    key = row["metric"]
     effect = row.get("effect") or {}
     text = "–"
     if effect.get("value") is not None:
@@ -146,7 +155,7 @@ def _comparison(found: Json, row: Json) -> dict[str, Any]:
         if effect.get("ci95"):
             text += " ({} to {})".format(*map(_signed, effect["ci95"]))
     return {
-        "site": _site(row["site"]), "model": _title(found, row["model"]),
+        "site": _site(row["site"]), "model": _title(found, row["model"]), "metric": metric_name(key),
         "n": (row.get("difference") or {}).get("n", 0),
         "ours": estimate_text(key, row["ours"]), "theirs": estimate_text(key, row["theirs"]),
         "difference": estimate_text(key, row.get("difference"), signed=True),
@@ -162,8 +171,8 @@ def _verdict(row: Json) -> str:
     if not difference or row["p_holm"] is None:
         return "not tested"
     if row["p_holm"] < 0.05:
-        # The test is of ranks: its direction is that of the effect, not of the mean.
-        effect = row["effect"]["value"]
+        # Wilcoxon's test is of ranks: its direction is that of the effect, not of the mean.
+        effect = row["effect"]["value"] if row.get("effect") else difference["mean"]
         return "federated is better" if effect > 0 else "federated is worse"
     not_worse = (row.get("equivalence") or {}).get("p_not_worse")
     return "no difference shown" + ("; not worse by the margin" if not_worse is not None and not_worse < 0.05 else "")
@@ -184,7 +193,7 @@ def _card(found: Json, site: str) -> dict[str, Any]:
         "rows": [
             _comparison(found, row)
             for row in found["comparisons"]
-            if row["site"] == site and row["model"] != f"local: {site}"
+            if row["site"] == site and row["model"] != f"local: {site}" and row["metric"] == key
         ],
     }
 

@@ -21,7 +21,7 @@ __all__ = ["markdown_report", "sites_csv", "table_csv", "write_text_report"]
 
 COLUMNS: Final[tuple[str, ...]] = (
     "metric", "model", "site", "mean", "low", "high", "n", "failed", "ours_on_shared", "difference", "difference_low",
-    "difference_high", "p_wilcoxon", "p_holm", "tests", "p_bootstrap", "effect", "effect_low", "effect_high",
+    "difference_high", "test", "p", "p_holm", "tests", "p_bootstrap", "effect", "effect_low", "effect_high",
     "p_not_worse", "margin", "note",
 )  # fmt: skip
 
@@ -54,8 +54,8 @@ def sites_csv(results: Json) -> str:
 
 
 def table_csv(evidence: Json) -> str:
-    """One row per model, site and metric; with the comparison against our model where it is the headline metric."""
-    compared = {(row["model"], row["site"]): row for row in evidence["comparisons"]}
+    """One row per model, site and metric; with the comparison against our model where one was made."""
+    compared = {(row["model"], row["site"], row["metric"]): row for row in evidence["comparisons"]}
     scored = {(row["model"], row["site"], row["metric"]) for row in evidence["scores"]}
     text = io.StringIO()
     table: csv.DictWriter[str] = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -66,10 +66,10 @@ def table_csv(evidence: Json) -> str:
             "metric": row["metric"], "model": evidence["models"].get(row["model"], row["model"]), "site": row["site"],
             "mean": _or_empty(row["mean"]), "low": low, "high": high, "n": row["n"], "failed": row["failed"],
         }  # fmt: skip
-        if row["metric"] == evidence["metric"] and (row["model"], row["site"]) in compared:
-            values |= _compared(compared[row["model"], row["site"]], evidence["margin"])
+        if (key := (row["model"], row["site"], row["metric"])) in compared:
+            values |= _compared(compared[key], evidence["margin"])
         table.writerow(values)
-    for (model, site), row in compared.items():
+    for (model, site, _), row in compared.items():
         if (model, site, row["metric"]) not in scored:  # models that stand for others, such as the best local one
             theirs = row["theirs"] or {}
             low, high = theirs.get("ci95") or ("", "")
@@ -88,7 +88,8 @@ def _compared(row: Json, margin: float) -> dict[str, Any]:
     effect_low, effect_high = effect.get("ci95") or ("", "")
     return {
         "ours_on_shared": _or_empty((row["ours"] or {}).get("mean")), "difference": _or_empty(difference.get("mean")),
-        "difference_low": low, "difference_high": high, "p_wilcoxon": _or_empty(row["p"]),
+        "difference_low": low, "difference_high": high, "p": _or_empty(row["p"]),
+        "test": "" if row["p"] is None else row.get("test", "Wilcoxon"),
         "p_holm": _or_empty(row["p_holm"]), "tests": row["tests"], "p_bootstrap": _or_empty(row.get("p_bootstrap")),
         "effect": _or_empty(effect.get("value")), "effect_low": effect_low, "effect_high": effect_high,
         "p_not_worse": _or_empty((row.get("equivalence") or {}).get("p_not_worse")), "margin": margin,
@@ -153,6 +154,7 @@ def _evidence_parts(view: Json, evidence: Json) -> list[str]:
     keys = (
         "site",
         "model",
+        "metric",
         "n",
         "ours",
         "theirs",

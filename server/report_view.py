@@ -223,14 +223,19 @@ def _round(record: Json, training: Sequence[str], heldout: Sequence[str], key: s
     return {
         "number": record["round"],
         "seconds": f"{record['seconds']:.1f}",
-        "down": f"{record['bytes_down'] / 1e6:.1f}",
-        "up": f"{record['bytes_up'] / 1e6:.1f}",
+        "down": _megabytes(record["bytes_down"]),
+        "up": _megabytes(record["bytes_up"]),
         "loss": mean([entry.get("loss") for entry in trained.values()], 3),
         "training": mean(scores(training), 2),
         "heldout": mean(scores(heldout), 2),
         "answered": answered + (f", {missing}" if missing else ""),
         "fault": bool(missing),
     }
+
+
+def _megabytes(count: int) -> str:
+    """One decimal, or two digits of what is less than 100 kB."""
+    return f"{count / 1e6:.1f}" if count >= 1e5 or not count else f"{count / 1e6:.2g}"
 
 
 def _reasons(rounds: Sequence[Json]) -> list[tuple[str, str]]:

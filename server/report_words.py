@@ -5,11 +5,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..privacy.study_evaluation import DEFAULT_METRICS
+
 __all__ = [
     "EXPLAINED",
     "PROTECTS_AGAINST",
     "Json",
     "curve_metric",
+    "digits_of",
     "duration_text",
     "epsilon_text",
     "interval_text",
@@ -33,6 +36,7 @@ METRIC_NAMES: Final = {
     "lesion_count_difference": "Lesion count difference", "lesion_dice": "Lesion-wise Dice",
     "lesion_hd95": "Lesion-wise HD95", "accuracy": "Accuracy", "auroc": "AUROC", "auprc": "AUPRC",
     "sensitivity": "Sensitivity", "specificity": "Specificity", "brier": "Brier score", "ece": "ECE",
+    "mae": "MAE", "rmse": "RMSE", "c_index": "C-index",
 }  # fmt: skip
 EXPLAINED: Final = {
     "dice": "Dice: overlap of prediction and truth over a patient's whole volume, 0 to 1, higher is better",
@@ -47,10 +51,15 @@ EXPLAINED: Final = {
     "auprc": "AUPRC: precision averaged over recall; guessing gives the share of positives",
     "brier": "Brier score: mean squared error of probabilities, lower is better",
     "ece": "ECE: mean difference between confidence and accuracy over bins, lower is better",
+    "mae": "MAE: mean distance between predicted and true number, in the unit of the target, lower is better",
+    "rmse": "RMSE: root of the mean squared distance, in the unit of the target, lower is better",
+    "c_index": "C-index: chance that of two patients the one with the event first was predicted so; 0.5 is guessing "
+    "(Harrell)",
 }
 UNITS: Final = {"hd95": "mm", "lesion_hd95": "mm", "volume_difference": "ml"}
 COUNTS: Final = frozenset({"false_positives", "lesion_count_difference"})
-LESS_IS_BETTER: Final = frozenset({*UNITS, *COUNTS, "brier", "ece"})
+ERRORS: Final = frozenset({"mae", "rmse"})
+LESS_IS_BETTER: Final = frozenset({*UNITS, *COUNTS, *ERRORS, "brier", "ece"})
 
 
 PROTECTS_AGAINST: Final = {
@@ -80,8 +89,8 @@ def less_is_better(key: str) -> bool:
 
 
 def is_unbounded(key: str) -> bool:
-    """Whether a metric is a distance, a volume or a count, and not a number from 0 to 1."""
-    return metric_base(key) in UNITS or metric_base(key) in COUNTS
+    """Whether a metric is a distance, a volume, a count or an error, and not a number from 0 to 1."""
+    return metric_base(key) in {*UNITS, *COUNTS, *ERRORS}
 
 
 def unit_of(key: str) -> str:
@@ -91,7 +100,12 @@ def unit_of(key: str) -> str:
 
 def number(key: str, value: float) -> str:
     """``0.61``, or ``4.2 mm`` for a distance."""
-    return f"{value:.1f} {unit_of(key)}".rstrip() if is_unbounded(key) else f"{value:.2f}"
+    return f"{value:.{digits_of(key)}f} {unit_of(key)}".rstrip()
+
+
+def digits_of(key: str) -> int:
+    """Decimals of a value of a metric, as tables show it."""
+    return 1 if is_unbounded(key) and metric_base(key) not in ERRORS else 2
 
 
 def with_interval(key: str, estimate: Json | None) -> str:
@@ -104,7 +118,7 @@ def with_interval(key: str, estimate: Json | None) -> str:
 def interval_text(key: str, estimate: Json) -> str:
     """``0.55–0.67``: the 95 % interval of an estimate."""
     low, high = estimate["ci95"]
-    return f"{low:.1f}–{high:.1f}" if is_unbounded(key) else f"{low:.2f}–{high:.2f}"
+    return f"{low:.{digits_of(key)}f}–{high:.{digits_of(key)}f}"
 
 
 def epsilon_text(value: float) -> str:
@@ -122,10 +136,8 @@ def duration_text(seconds: float) -> str:
 def metric_keys(results: Json) -> list[str]:
     """Metrics that the study asks for, then others that sites returned (per label)."""
     study = results["effective_study"]
-    classification = study.get("task", {}).get("kind") == "classification"
-    wanted = study.get("evaluation", {}).get("metrics") or (
-        ["accuracy", "auroc"] if classification else ["dice", "hd95"]
-    )
+    kind = study.get("task", {}).get("kind", "segmentation")
+    wanted = study.get("evaluation", {}).get("metrics") or DEFAULT_METRICS[kind]
     found = {key for site in results["sites"].values() for key in site["metrics"]}
     wanted = [key for key in wanted if key != "reliability"]  # a curve
     return [*wanted, *sorted(found - set(wanted))]

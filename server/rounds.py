@@ -164,7 +164,7 @@ class Coordinator:
         if not rounds:
             record = RoundRecord(round=0)
             groups: Mapping[str, Arrays] = start_arrays(self._study, self._store)
-            self._store.save_round(record, groups)
+            groups = self._store.save_round(record, groups)
         else:
             record, groups = self._last_whole(rounds)
             self._strategy.load_state(
@@ -202,11 +202,10 @@ class Coordinator:
         check_arrays(new, shapes_of(model))
         groups = self._groups(number, new, groups)
         record.seconds = time.monotonic() - started
-        self._store.save_round(record, groups)
+        groups = self._store.save_round(record, groups)
         self._evaluate(record, groups)
-        values: dict[str, Any] = {"seconds": record.seconds, "sites": len(record.train), "asked": len(asked)}
-        values["missing"] = missing_since(self._sites)
-        self._tell(Event(kind="round-done", round=number, values=values))
+        values = {"seconds": record.seconds, "sites": len(record.train), "asked": len(asked)}
+        self._tell(Event(kind="round-done", round=number, values={**values, "missing": missing_since(self._sites)}))
         return groups
 
     def _note(self, number: int, asked: list[str], refusals: Mapping[str, Reason]) -> None:
@@ -239,6 +238,7 @@ class Coordinator:
         for turn in self._turns.ask(asked, refusals, missing, waiting, patience=patience):
             for reply in self._ask("train", turn, number, down):
                 size = payload_bytes(reply.arrays) if isinstance(reply, TrainReply) else 0
+                self._store.let_go()
                 if isinstance(reply, TrainReply):
                     reply = self._checked(reply, uplink)
                 if isinstance(reply, TrainReply):

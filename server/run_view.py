@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..privacy.errors import ContractViolation, StateError
+from ..privacy.errors import StateError
 from ..privacy.study import Study
 from .events import Event
 from .run_folder import Plan, RunFolder, run_folders
 from .run_words import attendance, sentence
+from .saved_study import read_saved
 from .store import RunStore
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
 Status = Literal["queued", "asking", "running", "waiting", "stopped", "failed", "interrupted", "complete"]
 """queued: submitted, no process executes it yet; asking: hospitals are asked whether they join; waiting: for hospitals
 that are lost; interrupted: its process ended without a word (``resume`` goes on)."""
+_BEFORE = frozenset({"joined", "failed", "stopped", "resumed"})
+"""Events after which a process that executes the run is asking hospitals to join."""
 LIVE: frozenset[Status] = frozenset({"queued", "asking", "running", "waiting"})
 
 
@@ -159,7 +162,7 @@ class RunFollower:
         if last and last.kind == "finished":
             return "complete"
         if held:
-            if last is None or last.kind in ("joined", "failed", "stopped") or last.values.get("during") == "hello":
+            if last is None or last.kind in _BEFORE or last.values.get("during") == "hello":
                 return "asking"
             return "waiting" if last.kind == "waiting" else "running"
         submitted = view.plan.submitted
@@ -211,8 +214,8 @@ def _study(folder: RunFolder) -> Study | None:
 
     try:
         content = folder.study.read_bytes()
-        return Study.from_canonical(content, sha256(content).hexdigest())
-    except (OSError, ContractViolation):
+        return read_saved(content, sha256(content).hexdigest())[0]
+    except (OSError, StateError):
         return None
 
 

@@ -107,6 +107,11 @@ def _finished(_: Event, values: Mapping[str, Any]) -> str:
     return f"finished: round {values['selected_round']} was selected"
 
 
+def _resumed(event: Event, values: Mapping[str, Any]) -> str:
+    again = f"; {', '.join(values['again'])} may charge their ledgers for it again" if values["again"] else ""
+    return f"round {event.round}: the coordinator's process had died; the run goes on by itself{again}"
+
+
 def _failed(_: Event, values: Mapping[str, Any]) -> str:
     return f"failed: {values['message']}"
 
@@ -123,6 +128,7 @@ _SENTENCES: Mapping[str, Callable[[Event, Mapping[str, Any]], str]] = {
     "fell-back": _fell_back,
     "final-started": _final_started,
     "finished": _finished,
+    "resumed": _resumed,
     "stopped": _stopped,
     "failed": _failed,
 }

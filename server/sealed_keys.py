@@ -110,8 +110,10 @@ def seal_key(path: Path, key: EllipticCurvePrivateKey | Ed25519PrivateKey, holds
     write_private(path, json.dumps(sealed.model_dump(), indent=1).encode() + b"\n")
 
 
-def open_key(path: Path, passphrase: Passphrase) -> EllipticCurvePrivateKey | Ed25519PrivateKey:
-    """The key in ``path``.
+def open_key(
+    path: Path, passphrase: Passphrase, *, lost: str = "make a new consortium and invite the hospitals again"
+) -> EllipticCurvePrivateKey | Ed25519PrivateKey:
+    """The key in ``path``; ``lost`` is what to do where nobody has it any more.
 
     Raises:
         EnvironmentProblem: the file is not there.
@@ -119,7 +121,7 @@ def open_key(path: Path, passphrase: Passphrase) -> EllipticCurvePrivateKey | Ed
     """
     if not path.is_file():
         text = f"{path}: {passphrase.what} is not there; bring the file back from where it is kept"
-        raise EnvironmentProblem(f"{text} (without it: make a new consortium and invite the hospitals again)")
+        raise EnvironmentProblem(f"{text} (without it: {lost})")
     require_private(path)
     try:
         sealed = _Sealed.model_validate_json(path.read_bytes())

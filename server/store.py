@@ -27,6 +27,8 @@ from ..privacy.contract import Arrays
 from ..privacy.errors import EnvironmentProblem, StateError
 from ..privacy.study import Study
 from .events import Event
+from .paged import Paged, page
+from .saved_study import OLDER, read_saved
 
 __all__ = ["RoundRecord", "RunStore", "SiteRecord"]
 
@@ -96,14 +98,17 @@ class RunStore:
         out: the run's output folder.
         study: the study that runs.
         engine: name of the engine, for the record.
+        older: whether the study's text is of another version, so that the run can be read, and no more.
     """
 
-    def __init__(self, out: Path, study: Study, engine: str) -> None:
+    def __init__(self, out: Path, study: Study, engine: str, *, older: bool = False) -> None:
         self.out = out
         self.study = study
+        self.older = older
         self.engine = engine
         self.folder = out / "state"
         self._db = _database(self.folder / "run.db")
+        self._paged: Paged | None = None
 
     @classmethod
     def create(
@@ -174,6 +179,8 @@ class RunStore:
             StateError: there is none, or it belongs to another study.
         """
         store = cls.load(out)
+        if store.older:
+            raise StateError(f"{out}: {OLDER}")
         if store.study.hash != study.hash:
             raise StateError(
                 f"{out}: holds a run of study {store.study.hash[:12]}, not {study.hash[:12]}: "
@@ -185,7 +192,7 @@ class RunStore:
 
     @classmethod
     def load(cls, out: Path) -> "RunStore":
-        """Open a run as it is, to read it.
+        """Open a run as it is, to read it, also one of an older study text (``older``).
 
         Raises:
             StateError: ``out`` holds no run, or one of another version.
@@ -198,16 +205,18 @@ class RunStore:
             with db.connect() as connection:
                 row = connection.execute(sql.select(_run)).one()
         except sqlalchemy.exc.SQLAlchemyError as error:
-            raise StateError(
-                f"{path}: cannot be read as a run ({type(error).__name__}); start anew with --overwrite"
-            ) from error
+            text = f"cannot be read as a run ({type(error).__name__}); start anew with --overwrite"
+            raise StateError(f"{path}: {text}") from error
         finally:
             db.dispose()
         if row.schema_version != SCHEMA_VERSION:
-            raise StateError(
-                f"{path}: written by another version of FedNeuro (schema {row.schema_version}, not {SCHEMA_VERSION})"
-            )
-        return cls(out, Study.from_canonical(row.study, row.study_hash), row.engine)
+            version = f"schema {row.schema_version}, not {SCHEMA_VERSION}"
+            raise StateError(f"{path}: written by another version of FedNeuro ({version})")
+        try:
+            study, older = read_saved(row.study, row.study_hash)
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
+        return cls(out, study, row.engine, older=older)
 
     # -- the run ---------------------------------------------------------------------------------------
 
@@ -256,8 +265,11 @@ class RunStore:
 
     # -- rounds ----------------------------------------------------------------------------------------
 
-    def save_round(self, record: RoundRecord, groups: Mapping[str, Arrays]) -> None:
-        """Save a round's arrays (by group: ``model``, ``evaluated``, ``strategy.*``), before it is evaluated."""
+    def save_round(self, record: RoundRecord, groups: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
+        """Save a round's arrays (by group: ``model``, ``evaluated``, ``strategy.*``), before it is evaluated.
+
+        Returns the same arrays to go on with; large ones lie in the saved file (:mod:`.paged`).
+        """
         name = f"round-{record.round:04d}.safetensors"
         arrays = {f"{group}/{key}": array for group, members in groups.items() for key, array in members.items()}
         with _disk(self.out):
@@ -267,6 +279,13 @@ class RunStore:
         with self._begin() as connection:
             connection.execute(_rounds.delete().where(_rounds.c.round >= record.round))
             connection.execute(_rounds.insert().values(round=record.round, **values))
+        self._paged = page(self.folder / name, groups)
+        return self._paged.groups if self._paged else groups
+
+    def let_go(self) -> None:
+        """Give back the memory of what :meth:`save_round` returned; whoever needs it reads it again."""
+        if self._paged:
+            self._paged.let_go()
 
     def save_evaluation(self, record: RoundRecord) -> None:
         """Complete a saved round with its metrics."""
@@ -371,10 +390,8 @@ def _disk(out: Path) -> Iterator[None]:
     except (OSError, sqlalchemy.exc.OperationalError) as error:
         cause = error if isinstance(error, OSError) else error.orig
         text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(cause)
-        raise EnvironmentProblem(
-            f"{out}: cannot save the run ({text}); what was saved before is whole: "
-            "free space or fix the folder, then add --resume"
-        ) from error
+        remedy = "what was saved before is whole: free space or fix the folder, then add --resume"
+        raise EnvironmentProblem(f"{out}: cannot save the run ({text}); {remedy}") from error
 
 
 def dumps(values: Mapping[str, Any]) -> str:

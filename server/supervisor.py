@@ -6,11 +6,13 @@
     guard       nginx, the one way from outside to the SuperLink
     enrolment   in this process, on two ports of its own
     dashboard   a web page for a browser on this machine (:mod:`.dashboard`)
+    sinks       feeds MLflow and TensorBoard, where the settings name them (:mod:`.sinks`)
 
 A process that ends is started again: at once if it had lived for a while (the runner ends after each run), otherwise
 after 1, 2, 4 … 60 s. What another command changes in the state store (``invite``, ``revoke``) is seen within a
 second: the guard's files are written anew, nginx reads them again, and a revoked site's node is unregistered, so
-that its next request fails also in the middle of a run. Nothing outlives this process.
+that its next request fails also in the middle of a run. Runs whose process died go on (:mod:`.resumption`). Nothing
+outlives this process.
 """
 
 import logging
@@ -29,9 +31,12 @@ from ..privacy.errors import EnvironmentProblem, FedNeuroError
 from ..privacy.identity import write_private
 from ..privacy.processes import Processes, claim_port, ending
 from .consortium import Consortium, Issuer
+from .consortium_settings import Resume
 from .control import Control
 from .enrolment import Enrolment
 from .guard import check_guard, publish, reload_guard
+from .launch import runs_of, submit
+from .resumption import Resumption
 
 __all__ = ["Supervisor", "serve"]
 
@@ -76,10 +81,17 @@ class Supervisor:
         issuer: its unlocked issuing keys.
         processes: who ends the children.
         dashboard: whether the dashboard is one of them.
+        resume: which interrupted runs go on by themselves, in place of the setting.
     """
 
     def __init__(
-        self, consortium: Consortium, issuer: Issuer, processes: Processes, *, dashboard: bool = False
+        self,
+        consortium: Consortium,
+        issuer: Issuer,
+        processes: Processes,
+        *,
+        dashboard: bool = False,
+        resume: Resume | None = None,
     ) -> None:
         from .bundle import bundle, bundle_hash
 
@@ -96,6 +108,12 @@ class Supervisor:
             self._children.append(_Child("guard", self._start_guard))
         if dashboard:
             self._children.append(_Child("dashboard", self._start_dashboard))
+        if consortium.settings.sinks.any:
+            self._children.append(_Child("sinks", self._start_sinks))
+        self._resumption = Resumption(
+            runs_of(consortium), resume or consortium.settings.runs.resume, self.control,
+            lambda folder: submit(consortium, folder), lambda kind, text: consortium.registry.note(kind, text=text),
+        )  # fmt: skip
         self._publishing = threading.Lock()
         self._seen, self._signed = -1, 0.0
 
@@ -128,6 +146,7 @@ class Supervisor:
         if self._consortium.registry.revision != self._seen or time.time() - self._signed > CRL_SECONDS:
             self.publish()
             self.reconcile()
+        self._resumption.look()
 
     def publish(self) -> None:
         """Write the guard's files from the state store, and let a running guard read them.
@@ -208,6 +227,12 @@ class Supervisor:
         unsaid: dict[str, str] = dict.fromkeys(("FEDNEURO_PASSPHRASE", "FEDNEURO_ROOT_PASSPHRASE"), "")
         self._processes.start("dashboard", "fedneuro.server.dashboard.serve:main", arguments, unsaid)
 
+    def _start_sinks(self) -> None:
+        unsaid: dict[str, str] = dict.fromkeys(("FEDNEURO_PASSPHRASE", "FEDNEURO_ROOT_PASSPHRASE"), "")
+        self._processes.start(
+            "sinks", "fedneuro.server.sinks.serve:main", ["--home", str(self._consortium.folder)], unsaid
+        )
+
     def _start_guard(self) -> None:
         folder, program = self._consortium.folder / "guard", self._consortium.settings.guard.nginx
         path = shutil.which(program) or program
@@ -216,7 +241,12 @@ class Supervisor:
 
 
 def serve(
-    consortium: Consortium, issuer: Issuer, ready: Callable[[Supervisor], None], *, dashboard: bool = False
+    consortium: Consortium,
+    issuer: Issuer,
+    ready: Callable[[Supervisor], None],
+    *,
+    dashboard: bool = False,
+    resume: Resume | None = None,
 ) -> None:
     """Run everything until interrupted; ``ready`` is called once, when hospitals can enrol.
 
@@ -234,12 +264,20 @@ def serve(
         from .dashboard.serve import check_open
 
         check_open(settings.dashboard.listen, consortium, consortium.folder)
-        claim_port(settings.dashboard.port)
+        try:
+            claim_port(settings.dashboard.port)
+        except EnvironmentProblem as error:
+            where = f"[dashboard] in {consortium.folder / 'server.toml'}"
+            raise EnvironmentProblem(f"{error} as port of {where}, or --no-dashboard") from error
+    if settings.sinks.any:
+        from .sinks import need_packages
+
+        need_packages(settings.sinks.mlflow, settings.sinks.tensorboard)
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # children are new programs; gRPC need not follow a fork
     os.umask(0o077)  # Flower's database holds pending updates
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(consortium.folder / "logs", ENVIRONMENT))
-        supervisor = Supervisor(consortium, issuer, processes, dashboard=dashboard)
+        supervisor = Supervisor(consortium, issuer, processes, dashboard=dashboard, resume=resume)
         stack.callback(supervisor.close)
         supervisor.start()
         enrolment = Enrolment(consortium, issuer, supervisor.control, supervisor.bundle, supervisor.publish)

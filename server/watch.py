@@ -8,6 +8,7 @@ is not a terminal (a log file, CI), every event is one line instead.
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +73,8 @@ def render(view: RunView) -> RenderableType:
             clock(site.at)[11:],
         )  # fmt: skip
     bar = ProgressBar(total=max(1, view.rounds), completed=max(view.history, default=0), width=60)
-    return Group(head, bar, table, *([Text(view.message, "red")] if view.message else []))
+    line = Padding(bar, 0)  # a bar alone does not end its line
+    return Group(head, line, table, *([Text(view.message, "red")] if view.message else []))
 
 
 def answers_table(view: RunView) -> Table:

@@ -176,15 +176,20 @@ def phantoms(
     patients: Annotated[int, typer.Option(min=1, max=10_000, help="Patients per hospital.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Seed; a site is reproducible on its own.")] = 0,
     workers: Workers = 0,
+    outcomes: Annotated[
+        bool, typer.Option("--outcomes", help="Also invent a score and a survival time that depend on the lesions.")
+    ] = False,
 ) -> None:
     """Make synthetic hospitals that look like brain MRI, from the ICBM152 tissue maps."""
     from .demo import make_phantoms
+    from .phantoms.outcomes import add_outcomes
 
     console = Console(stderr=True)
+    names = [f"hospital-{i + 1}" for i in range(sites)]
     with Progress(console=console) as progress:
-        make_phantoms(
-            out, {f"hospital-{i + 1}": patients for i in range(sites)}, seed=seed, workers=workers, progress=progress
-        )
+        make_phantoms(out, dict.fromkeys(names, patients), seed=seed, workers=workers, progress=progress)
+    for name in names if outcomes else ():
+        add_outcomes(out / name, name=name, seed=seed)
     print(out)
 
 

@@ -285,12 +285,17 @@ def _show_evidence(evidence: Mapping[str, Any]) -> None:
             )
     for row in view["overall"]:
         table.add_row(
-            row["site"], row["ours"], str(row["n"]), row["model"], row["theirs"], row["difference"], row["p_holm"],
-            row["effect"],
+            row["site"], row["ours"], str(row["n"]), _named(row, view["metric"]), row["theirs"], row["difference"],
+            row["p_holm"], row["effect"],
         )  # fmt: skip
     console.print(table)
     for text in (*design_summary(evidence), *view["notes"]):
         console.print(text, highlight=False)
+
+
+def _named(row: Mapping[str, Any], metric: str) -> str:
+    """A comparison's model, with its metric where that is not the headline's."""
+    return str(row["model"]) if row["metric"] == metric else f"{row['model']}, {row['metric']}"
 
 
 def _show_trials(trials: Mapping[str, Any]) -> None:

@@ -33,6 +33,8 @@ FLOWER_EDGES = (
     "server/runner.py",
     "client/app.py",
     "client/runner.py",
+    "client/lost_tasks.py",
+    "client/message_bounds.py",
     "client/mutual_tls.py",
     "client/supernode.py",
     "privacy/flower_tasks.py",

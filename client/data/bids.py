@@ -12,13 +12,13 @@ Files are found by name only; :mod:`.checks` judges what they hold.
 Reference: Brain Imaging Data Structure 1.10, https://bids-specification.readthedocs.io.
 """
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...privacy.errors import DataError
+from .tables import read_rows
 
 __all__ = ["ScanFiles", "find_patients", "find_scans", "read_participants"]
 
@@ -178,13 +178,7 @@ def read_participants(root: Path) -> Mapping[str, Mapping[str, str]] | None:
     path = root / "participants.tsv"
     if not path.exists():
         return None
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"participants.tsv: cannot be read ({error}); expected tab-separated text in UTF-8; save it so"
-        ) from error
+    rows = read_rows(path, "\t", "tab-separated text in UTF-8; save it so", name="participants.tsv")
     table: dict[str, Mapping[str, str]] = {}
     twice = set()
     for row in rows:

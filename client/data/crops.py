@@ -70,7 +70,8 @@ class Crops:
             rng: decides everything that is random.
 
         Returns:
-            Images, float32 (count, C, *patch), and labels, int64 (count, *patch), or (count,) for classification.
+            Images, float32 (count, C, *patch), and labels, int64 (count, *patch), or (count,) of patients as a whole,
+            which is float32 for regression.
         """
         return self._stack([patient] * count, rng)
 
@@ -88,7 +89,8 @@ class Crops:
         patch = self._geometry.patch
         segmentation = self.study.task.kind == "segmentation"
         images = torch.empty((len(patients), self._channels, *patch))
-        labels = torch.empty((len(patients), *patch) if segmentation else (len(patients),), dtype=torch.int64)
+        kind = torch.float32 if self.study.task.kind == "regression" else torch.int64
+        labels = torch.empty((len(patients), *patch) if segmentation else (len(patients),), dtype=kind)
         for i, patient in enumerate(patients):
             image, label = self._crop(patient, rng)
             images[i] = image

@@ -14,6 +14,7 @@ from ...privacy.errors import DataError
 from ...privacy.study import Study
 from .bids import ScanFiles
 from .cache import ScanCache, ScanMemory
+from .outcomes import Outcome
 from .preprocess import Prepared, content_key, prepare
 from .split import side_of
 
@@ -25,7 +26,7 @@ class Scan:
     """One preprocessed scan, axes in RAS+ order."""
 
     image: torch.Tensor  # float32 (C, X, Y, Z)
-    label: torch.Tensor  # int64 (X, Y, Z) for segmentation, () with the class for classification
+    label: torch.Tensor  # int64 (X, Y, Z) for segmentation, else (): class, number (float32) or code of a time
     spacing: tuple[float, float, float] | None  # mm; None: unknown
     name: str
 
@@ -45,7 +46,8 @@ class SiteData:
         name: the site.
         patients: ids of the patients that can be used, sorted.
         excluded: patients that are left out (``data.missing_modality``), and why.
-        classes: class of each patient (classification).
+        classes: class of each patient (classification); else what the loss takes (:meth:`.outcomes.Outcome.label`).
+        outcomes: of each patient (regression, survival).
     """
 
     def __init__(
@@ -56,14 +58,16 @@ class SiteData:
         cache: ScanCache,
         memory: ScanMemory,
         *,
-        classes: Mapping[str, int],
+        classes: Mapping[str, int | float],
         excluded: Mapping[str, str],
         warnings: Sequence[str],
+        outcomes: Mapping[str, Outcome] | None = None,
     ) -> None:
         self.name = name
         self.patients = tuple(sorted(entries))
         self.excluded = dict(excluded)
         self.classes = dict(classes)
+        self.outcomes = dict(outcomes or {})
         self._study, self._entries = study, entries
         self._cache, self._memory = cache, memory
         self._warnings = tuple(warnings)

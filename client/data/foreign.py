@@ -2,7 +2,8 @@
 """Other forms in which data lie about, turned into BIDS: pictures with a table, nnU-Net's raw layout, outcome tables.
 
 Patients get pseudonyms under the node's key, as in the DICOM import, and image headers are written anew, so that
-nothing of the old files is carried over but voxels, places and the columns that were asked for.
+nothing of the old files is carried over but voxels, places and the columns that were asked for. A file that cannot be
+used is listed with the reason, and the others go on; the new folder is there whole or not at all.
 
 Reference: nnU-Net v2, documentation/dataset_format.md; FeTS challenge, partitioning_*.csv (Partition_ID, Subject_ID).
 """
@@ -12,9 +13,11 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +27,10 @@ from ...privacy.errors import BadInput, DataError, EnvironmentProblem, StateErro
 from .bids import read_participants
 from .dicom.convert import save_nifti
 from .dicom.identity import Pseudonyms
+from .nifti import read_stored
+from .tables import read_rows
 
-__all__ = ["import_images", "import_nnunet", "import_table"]
+__all__ = ["Imported", "import_images", "import_nnunet", "import_table"]
 
 _CHANNELS: Final = {
     "t1": "T1w", "t1w": "T1w", "t2": "T2w", "t2w": "T2w", "flair": "FLAIR", "t2flair": "FLAIR", "ct": "CT",
@@ -37,9 +42,17 @@ _PICTURE: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CASE: Final = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})\.nii\.gz")
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What came of an import."""
+
+    patients: int
+    faults: dict[str, str]  # path below the source: why the file is not in
+
+
 def import_images(
     source: Path, table: Path, out: Path, state: Path, *, patient: str, target: str, file: str, suffix: str, size: int
-) -> int:
+) -> Imported:
     """2D pictures with a table, one row per picture, to 2D images and a class per patient.
 
     Args:
@@ -53,11 +66,8 @@ def import_images(
         suffix: BIDS suffix, such as ``T1w``.
         size: side in pixels that pictures are brought to, 8 to 1024.
 
-    Returns:
-        Number of patients.
-
     Raises:
-        DataError: a column, row or picture that cannot be used.
+        DataError: a column or row that cannot be used, or no picture that can.
         BadInput: a size or suffix that cannot be.
         StateError: ``out`` exists.
     """
@@ -67,56 +77,79 @@ def import_images(
     pictures: dict[str, list[str]] = defaultdict(list)
     classes: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
-        who = row[patient]
+        who, lacking = row[patient].strip(), next((c for c in (patient, target, file) if not row[c].strip()), "")
+        if lacking:
+            raise DataError(f"{table} line {number}: no {lacking}; expected a value in every row; correct the table")
         if classes.setdefault(who, row[target]) != row[target]:
             raise DataError(f"{table} line {number}: {patient} {who} has two classes; expected one; correct the table")
         pictures[who].append(row[file])
     names = Pseudonyms(state)
+    lines, faults = [("participant_id", target)], dict[str, str]()
     with _fresh(out, f"Imported from {table.name}") as stage:
-        lines = [("participant_id", target)]
         for who, files in sorted(pictures.items()):
-            subject = "sub-" + names.name("patient", "", who)
-            lines.append((subject, classes[who]))
-            for run, name in enumerate(files, 1):
-                _write(stage / subject / "anat" / f"{subject}_run-{run:02d}_{suffix}.nii.gz",
-                       _picture(source, name, size), _PICTURE, "unknown")  # fmt: skip
+            subject, run = "sub-" + names.name("patient", "", who), 0
+            for name in files:
+                try:
+                    grey = _picture(source, name, size)
+                except DataError as error:
+                    faults[name] = str(error)
+                    continue
+                run += 1
+                path = stage / subject / "anat" / f"{subject}_run-{run:02d}_{suffix}.nii.gz"
+                _write(path, grey, _PICTURE, "unknown")
+            if run:
+                lines.append((subject, classes[who]))
+        _require(len(lines) > 1, faults, source)
         _table(stage / "participants.tsv", lines)
-    return len(pictures)
+    return Imported(len(lines) - 1, faults)
+
+
+def _require(something: bool, faults: Mapping[str, str], source: Path) -> None:
+    """An import of nothing is a fault of its own."""
+    if not something:
+        name, why = next(iter(faults.items()), ("", "no file"))
+        raise DataError(f"{source}: none of {len(faults)} files can be used; the first: {name}: {why}")
 
 
 def _picture(source: Path, name: str, size: int) -> Any:
+    """Grey values (x, y, 1): bytes, or 32-bit numbers where the picture is deeper than that."""
     from PIL import Image
 
     path = source / name
     if not path.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{name}: leads out of {source}; expected a path below it; correct the table")
+        raise DataError(f"leads out of {source}; expected a path below it; correct the table")
     try:
-        with Image.open(path) as picture:
-            grey = np.asarray(picture.convert("L").resize((size, size), Image.Resampling.BOX))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a picture; correct the table") from error
-    return np.ascontiguousarray(grey.T[:, :, None], dtype=np.uint8)  # (row, column) to (x, y, slice)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                deep = picture.mode.startswith(("I", "F"))
+                plain = Image.fromarray(np.asarray(picture, np.float32)) if deep else picture.convert("L")
+            grey = np.asarray(plain.resize((size, size), Image.Resampling.BOX))
+    except Exception as error:  # a broken picture may raise anything inside Pillow
+        detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        detail = " ".join(detail.replace(str(path), "it").split())[:120]
+        raise DataError(f"cannot be read ({detail}); expected a picture; export it again") from error
+    return np.ascontiguousarray(grey.T[:, :, None])  # (row, column) to (x, y, slice)
 
 
-def import_nnunet(source: Path, out: Path, state: Path) -> int:
+def import_nnunet(source: Path, out: Path, state: Path) -> Imported:
     """nnU-Net's raw layout (``imagesTr``, ``labelsTr``, ``dataset.json``) to BIDS, labels as ``_dseg``.
 
-    Returns:
-        Number of patients; each case is taken for one.
+    Each case is taken for one patient; a case with a file that cannot be read is left out.
 
     Raises:
-        DataError: no such layout, or a file that cannot be read.
+        DataError: no such layout, or no case that can be read.
         StateError: ``out`` exists.
     """
-    import nibabel
-
-    nib: Any = nibabel
     try:
         description = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
         channels = {int(k): str(v) for k, v in (description.get("channel_names") or description["modality"]).items()}
         labels = {str(k): v for k, v in description["labels"].items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{source}/dataset.json: cannot be used ({error}); expected nnU-Net's raw layout") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(
+            f"{source}/dataset.json: cannot be used ({why}); expected nnU-Net's raw layout; for pictures give --table"
+        ) from error
     found = [
         (match, path)
         for path in sorted((source / "imagesTr").glob("*.nii.gz"))
@@ -127,28 +160,43 @@ def import_nnunet(source: Path, out: Path, state: Path) -> int:
     names = Pseudonyms(state)
     with _fresh(out, f"Imported from nnU-Net {source.name}") as stage:
         subjects = {match["case"]: "sub-" + names.name("patient", "", match["case"]) for match, _ in found}
-        jobs = []
+        jobs: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
         for match, path in found:
             channel = channels.get(int(match["channel"]), f"channel{match['channel']}")
             word = re.sub(r"[^a-z0-9]", "", channel.lower())
             subject = subjects[match["case"]]
-            jobs.append((path, Path(subject, "anat", f"{subject}_{_CHANNELS.get(word, word or 'image')}.nii.gz")))
+            name = f"{subject}_{_CHANNELS.get(word, word or 'image')}.nii.gz"
+            jobs[match["case"]].append((path, Path(subject, "anat", name)))
         for case, subject in subjects.items():
             mask = source / "labelsTr" / f"{case}.nii.gz"
             if mask.exists():
-                jobs.append((mask, Path("derivatives", "manual", subject, "anat", f"{subject}_dseg.nii.gz")))
-        for path, target in jobs:
+                place = Path("derivatives", "manual", subject, "anat", f"{subject}_dseg.nii.gz")
+                jobs[case].append((mask, place))
+        faults = {}
+        for case, files in jobs.items():
+            path = files[0][0]
             try:
-                image = nib.load(path)
-                slope, intercept = image.dataobj.slope, image.dataobj.inter
-                _write(stage / target, np.asarray(image.dataobj.get_unscaled()), image.affine, "mm", slope, intercept)
-            except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-                raise DataError(f"{path}: cannot be read ({error}); copy it again") from error
+                for path, target in files:
+                    _copy(source, path, stage / target)
+            except DataError as error:
+                faults[path.relative_to(source).as_posix()] = str(error)
+                subject = subjects.pop(case)
+                for folder in (stage / subject, stage / "derivatives" / "manual" / subject):
+                    shutil.rmtree(folder, ignore_errors=True)
+        _require(bool(subjects), faults, source)
         _table(stage / "participants.tsv", [("participant_id",), *((s,) for s in sorted(subjects.values()))])
         if (stage / "derivatives").exists():
             pairs = sorted((str(k), str(v)) if str(v).isdigit() else (str(v), str(k)) for k, v in labels.items())
             _table(stage / "derivatives" / "manual" / "dseg.tsv", [("index", "name"), *((v, k) for k, v in pairs)])
-    return len(subjects)
+    return Imported(len(subjects), faults)
+
+
+def _copy(source: Path, path: Path, target: Path) -> None:
+    """Voxels and place of an image under another name, with a header of ours."""
+    if not path.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{path.name}: a link that leads out of {source}; copy the file itself")
+    stored = read_stored(path)
+    _write(target, stored.voxels, stored.affine, "mm", stored.slope, stored.intercept)
 
 
 def import_table(
@@ -198,11 +246,7 @@ def import_table(
 
 
 def _rows(path: Path, delimiter: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a table in UTF-8 with a header") from error
+    rows = read_rows(path, delimiter, "a table in UTF-8 with a header")
     lacking = [column for column in columns if not rows or column not in rows[0]]
     if lacking:
         has = ", ".join(list(rows[0])[:8]) if rows else "no rows"

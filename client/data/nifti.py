@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...privacy.errors import DataError
 
-__all__ = ["Volume", "digest_of", "read_volume"]
+__all__ = ["Stored", "Volume", "digest_of", "read_stored", "read_volume"]
 
 _NIB: Any = nibabel  # its own annotations are partial
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong is told in one line, by us
@@ -45,6 +45,16 @@ class Volume:
     oriented: bool  # the header says how the image lies (sform or qform)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One image as its file holds it: grey value = slope × voxel + intercept."""
+
+    voxels: NDArray[Any]  # (X, Y, Z), in the file's order and type
+    affine: NDArray[np.float64]  # (4, 4), voxel to world
+    slope: float
+    intercept: float
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal.
 
@@ -65,16 +75,9 @@ def read_volume(path: Path) -> Volume:
         DataError: the file is corrupt or truncated, or holds no plain 3D image.
     """
     try:
-        raw = _unpacked(path)
-        kind = _NIB.Nifti2Image if raw[:4] in _NIFTI2_HEADER_BYTES else _NIB.Nifti1Image
-        image = kind.from_bytes(raw)
+        image = _opened(path)
         unit = int(image.header["xyzt_units"]) & 0b111  # the other bits are the unit of time
-        shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
-        _check_layout(path, shape, dtype)
-        _check_affine(path, np.asarray(image.affine, dtype=np.float64))
-        need = int(image.dataobj.offset) + dtype.itemsize * int(np.prod(shape, dtype=object))
-        if need > len(raw):
-            raise EOFError(f"header promises {need} bytes, file holds {len(raw)}")
+        shape = tuple(int(n) for n in image.shape)
         # Trailing axes of length 1 carry nothing; a 2D image becomes one slice.
         with np.errstate(all="ignore"):  # a scale factor beyond float32 gives infinity, which the checks tell
             data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")).reshape((*shape, 1)[:3])
@@ -86,6 +89,37 @@ def read_volume(path: Path) -> Volume:
     except Exception as error:  # a broken header may raise anything inside nibabel
         raise _unreadable(path, error) from error
     return Volume(path.name, data, np.asarray(image.affine), _spacing(image.affine, unit), oriented)
+
+
+def read_stored(path: Path) -> Stored:
+    """Voxels of a 3D image as the file holds them.
+
+    Raises:
+        DataError: as :func:`read_volume`.
+    """
+    try:
+        image = _opened(path)
+        voxels = np.asarray(image.dataobj.get_unscaled())
+        scale = float(image.dataobj.slope), float(image.dataobj.inter)
+        return Stored(voxels, np.asarray(image.affine, np.float64), *scale)
+    except DataError:
+        raise
+    except Exception as error:  # a broken header may raise anything inside nibabel
+        raise _unreadable(path, error) from error
+
+
+def _opened(path: Path) -> Any:
+    """The image, unpacked, its header checked; its voxels are all there and not yet read."""
+    raw = _unpacked(path)
+    kind = _NIB.Nifti2Image if raw[:4] in _NIFTI2_HEADER_BYTES else _NIB.Nifti1Image
+    image = kind.from_bytes(raw)
+    shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
+    _check_layout(path, shape, dtype)
+    _check_affine(path, np.asarray(image.affine, dtype=np.float64))
+    need = int(image.dataobj.offset) + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if need > len(raw):
+        raise EOFError(f"header promises {need} bytes, file holds {len(raw)}")
+    return image
 
 
 def _unpacked(path: Path) -> bytes:

@@ -19,6 +19,7 @@ from .bids import ScanFiles, find_patients, find_scans, read_participants
 from .build import Built, Progress, build_entries
 from .cache import LIMIT, ScanCache, ScanMemory, Summary
 from .dataset import Entry, SiteData
+from .outcomes import Outcome, check_columns, outcome_of
 from .preprocess import Prepared, content_key, prepare
 
 __all__ = ["AXES", "open_site"]
@@ -68,7 +69,8 @@ class _Opening:
         self.table: Table | None = None
         self.entries: dict[str, list[Entry]] = {}
         self.summaries: dict[str, list[Summary]] = {}
-        self.classes: dict[str, int] = {}
+        self.classes: dict[str, int | float] = {}
+        self.outcomes: dict[str, Outcome] = {}
         self.excluded: dict[str, str] = {}
         self.filled: dict[str, str] = {}
         self.built: dict[ScanFiles, Built] = {}
@@ -86,7 +88,7 @@ class _Opening:
         try:
             self.table = read_participants(self.root)
             if self.mask is None:
-                self.table = checks.check_target(self.table, self.study.task.target)
+                self.table = check_columns(self.table, self.study.task)
         except DataError as error:
             self.table = None
             self.faults.add(error)
@@ -128,7 +130,11 @@ class _Opening:
                 return
             self.filled[patient] = ", ".join(lacking)
         if self.mask is None and self.table is not None:
-            self.classes[patient] = checks.class_of(self.table, patient, task.target, task.labels)
+            if task.kind == "classification":
+                self.classes[patient] = checks.class_of(self.table, patient, task.target, task.labels)
+            else:
+                self.outcomes[patient] = outcome_of(self.table, patient, task)
+                self.classes[patient] = self.outcomes[patient].label(task)
         # 3. What they hold. Each scan may show a fault of its own.
         fresh: list[Prepared] = []
         for files in scans:
@@ -178,6 +184,7 @@ class _Opening:
             classes=self.classes,
             excluded=self.excluded,
             warnings=[f"{self.name}: {text}" for text in self._warnings()],
+            outcomes=self.outcomes,
         )
         if self.name in self.study.evaluation.heldout:
             return site

@@ -23,7 +23,16 @@ from .bids import find_patients
 from .nifti import digest_of
 from .split import public_size
 
-__all__ = ["Changes", "Registered", "changes_of", "find_registered", "list_registered", "manifest_of", "register"]
+__all__ = [
+    "Changes",
+    "Registered",
+    "changes_of",
+    "find_registered",
+    "is_registered",
+    "list_registered",
+    "manifest_of",
+    "register",
+]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FOLDER: Final = "datasets"
@@ -149,6 +158,11 @@ def register(
     )
     _write(target, json.dumps(asdict(entry), indent=1, ensure_ascii=True) + "\n")
     return entry
+
+
+def is_registered(state: Path, name: str) -> bool:
+    """Whether there is an entry of that name."""
+    return bool(_NAME.fullmatch(name)) and (state / _FOLDER / f"{name}.json").is_file()
 
 
 def find_registered(state: Path, name: str) -> Registered:

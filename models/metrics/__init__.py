@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from .calibration import Bin, brier, ece, reliability
 from .intervals import Interval, bootstrap, bootstrap_interval
 from .lesions import LESION_RULES, LesionRule, find_lesions, lesion_scores
-from .outcome import c_index, mean_absolute_error
+from .outcome import c_index, c_index_interval, mean_absolute_error, root_mean_squared_error
 from .overlap import dice, volume_difference
 from .ranking import accuracy, auprc, auroc, sensitivity, specificity, youden_threshold
 from .scan import ScanRules, failed_scores, scan_scores
@@ -52,6 +52,7 @@ __all__ = [
     "bootstrap_interval",
     "brier",
     "c_index",
+    "c_index_interval",
     "dice",
     "ece",
     "failed_scores",
@@ -61,6 +62,7 @@ __all__ = [
     "lesion_scores",
     "mean_absolute_error",
     "reliability",
+    "root_mean_squared_error",
     "scan_scores",
     "sensitivity",
     "specificity",
@@ -74,7 +76,7 @@ higher_is_better: Mapping[str, bool] = {
     "lesion_f1": True, "lesion_sensitivity": True, "false_positives": False, "lesion_count_difference": False,
     "lesion_dice": True, "lesion_hd95": False,
     "accuracy": True, "auroc": True, "auprc": True, "sensitivity": True, "specificity": True,
-    "brier": False, "ece": False,
+    "brier": False, "ece": False, "mae": False, "rmse": False, "c_index": True,
 }  # fmt: skip
 """Direction of each metric, by the name that a study gives. ``reliability`` is a curve and has none."""
 

@@ -6,7 +6,9 @@
     GET  /                          the consortium: sites, health, certificates, what runs
     GET  /studies /runs /events     studies with each hospital's answer; runs; what happened in the consortium
     GET  /runs/RUN                  live: round, hospitals, curves, ε; /events: all that happened; /files/…: its results
-    POST /runs/RUN/stop /resume     what the commands of the same names do
+    POST /runs/RUN/stop /resume     what the commands of the same names do; /report /release too, in their own time
+    GET  /runs/RUN/release.tar      the release, and its /model-card
+    GET  POST /invite /launch       forms: a hospital is invited, a study launched; GET /invitations/SITE
     GET  /metrics                   Prometheus
     GET  /login  POST /login /logout
 
@@ -27,22 +29,26 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
-from ...privacy.errors import BadInput, EnvironmentProblem, FedNeuroError, Refused, StateError
+from ...privacy.errors import BadInput, FedNeuroError, Refused, StateError
 from ..consortium import Consortium
 from ..limits import TooMany
 from ..run_view import read_events
 from ..run_words import clock, sentence
+from .forms import Forms, code_of
 from .home import Home
+from .inviting import Inviting
+from .jobs import Jobs
+from .launching import MAX_STUDY, Launching
 from .metrics import exposition
 from .pages import Pages
-from .security import REPORT_HEADERS, Door, Shield, read_form
+from .releasing import Releasing
+from .security import MAX_FORM, REPORT_HEADERS, Door, Shield, read_form
 from .views import FILES, consortium_page, run_page, runs_page, studies_page
 
 __all__ = ["create_app"]
 
 MOST_EVENTS: Final = 1000
 """On one page, the latest first; ``fedneuro-server logs`` has all."""
-CODES: Final = ((TooMany, 429), (Refused, 403), (StateError, 409), (EnvironmentProblem, 503), (BadInput, 400))
 _Handler: TypeAlias = Callable[..., Response]
 _log = logging.getLogger("fedneuro.dashboard")
 
@@ -51,26 +57,35 @@ class _LoginFirst(Exception):
     """The page is for those who are logged in."""
 
 
-def create_app(home: Home, door: Door, hosts: frozenset[str]) -> ASGIApp:
+def create_app(home: Home, door: Door, hosts: frozenset[str], jobs: Jobs) -> ASGIApp:
     """The whole application.
 
     Args:
         home: what is shown.
         door: who may see it.
         hosts: names by which this machine may be called, in lower case, without port.
+        jobs: what takes longer than a page; the caller closes it.
     """
-    app, site = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), _Dashboard(home, door)
+    app, site = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), _Dashboard(home, door, jobs)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
-    inside, form = Depends(site.inside), Depends(site.form)
+    inside, form, large = Depends(site.inside), Depends(site.form), Depends(site.large_form)
+    inviting, launching, made = site.inviting, site.launching, site.releasing
     pages: dict[str, _Handler] = {
         "/": site.start, "/studies": site.studies, "/runs": site.runs, "/events": site.events, "/runs/{name}": site.run,
         "/runs/{name}/events": site.run_events, "/runs/{name}/files/{file}": site.file,
+        "/runs/{name}/release.tar": made.release_tar, "/runs/{name}/model-card": made.model_card,
+        "/invite": inviting.invite_page, "/invitations/{site}": inviting.invitation,
+        "/invitations/{site}/file": inviting.invitation_file, "/launch": launching.launch_page,
     }  # fmt: skip
     for path, page in pages.items():
         app.add_api_route(path, page, dependencies=[inside], response_model=None)
-    actions: dict[str, _Handler] = {"/runs/{name}/stop": site.stop, "/runs/{name}/resume": site.resume}
+    actions: dict[str, _Handler] = {
+        "/runs/{name}/stop": site.stop, "/runs/{name}/resume": site.resume, "/runs/{name}/report": made.report,
+        "/runs/{name}/release": made.release, "/invite": inviting.invite, "/launch": launching.launch,
+    }  # fmt: skip
     for path, action in actions.items():
-        app.add_api_route(path, action, methods=["POST"], dependencies=[inside, form], response_model=None)
+        fields = large if path == "/launch" else form
+        app.add_api_route(path, action, methods=["POST"], dependencies=[inside, fields], response_model=None)
     app.add_api_route("/metrics", site.metrics, response_model=None)
     app.add_api_route("/login", site.login_page, response_model=None)
     app.add_api_route("/login", site.login, methods=["POST"], dependencies=[form], response_model=None)
@@ -84,8 +99,10 @@ def create_app(home: Home, door: Door, hosts: frozenset[str]) -> ASGIApp:
 class _Dashboard:
     """One method for each page and action."""
 
-    def __init__(self, home: Home, door: Door) -> None:
+    def __init__(self, home: Home, door: Door, jobs: Jobs) -> None:
         self._home, self._door, self._pages = home, door, Pages(home, door)
+        forms = Forms(home, self._pages)
+        self.inviting, self.launching, self.releasing = Inviting(forms, door), Launching(forms), Releasing(forms, jobs)
 
     def inside(self, request: Request) -> None:
         """Those who are not let in are sent to the login."""
@@ -94,7 +111,14 @@ class _Dashboard:
 
     async def form(self, request: Request) -> None:
         """Read and check what was posted."""
-        fields = await read_form(request)
+        await self._read(request, MAX_FORM)
+
+    async def large_form(self, request: Request) -> None:
+        """The same, with room for a study file."""
+        await self._read(request, MAX_STUDY)
+
+    async def _read(self, request: Request, most: int) -> None:
+        fields = await read_form(request, most)
         self._door.check_form(request, fields)
         request.state.fields = fields
 
@@ -118,7 +142,8 @@ class _Dashboard:
 
     def run(self, request: Request, name: str) -> Response:
         """One run, live."""
-        view = run_page(self._home.run(name), actions=self._home.consortium is not None)
+        shown = self._home.run(name)
+        view = run_page(shown, self.releasing.about(shown), actions=self._home.consortium is not None)
         return self._pages.show(request, "run.html", **view)
 
     def run_events(self, request: Request, name: str) -> Response:
@@ -194,7 +219,7 @@ class _Dashboard:
             session = self._door.log_in(address, request.state.fields.get("password", ""))
         except Refused as error:
             _log.warning("login from %s refused: %s", address, error)
-            return self._pages.show(request, "login.html", status=_code(error), fault=str(error))
+            return self._pages.show(request, "login.html", status=code_of(error), fault=str(error))
         _log.info("login from %s", address)
         response = RedirectResponse("/", 303)
         self._door.remember(response, session)
@@ -226,7 +251,7 @@ class _Dashboard:
 
     def refused(self, request: Request, error: Exception) -> Response:
         """One clear line, as on the command line."""
-        code = 404 if isinstance(error, BadInput) and request.method == "GET" else _code(error)
+        code = 404 if isinstance(error, BadInput) and request.method == "GET" else code_of(error)
         _log.warning("%s %r: %s", request.method, request.url.path[:200], error)
         return self._pages.show(request, "error.html", status=code, fault=str(error))
 
@@ -240,10 +265,6 @@ class _Dashboard:
 
 def _address(request: Request) -> str:
     return request.client.host if request.client else ""
-
-
-def _code(error: Exception) -> int:
-    return next((code for kind, code in CODES if isinstance(error, kind)), 409)
 
 
 def _latest(found: list[tuple[str, str, str]]) -> dict[str, Any]:

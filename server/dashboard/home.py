@@ -120,12 +120,18 @@ class Home:
         """Read everything once, so that the first page is as fast as the others, and a fault shows at the start."""
         if self.consortium:
             self.consortium.registry.sites()
+            self.nodes()
         for folder in self.folders():
             self._watch(folder).look()
 
-    def nodes(self) -> "Mapping[str, NodeState] | None":
-        """Who is online; None where that is not known."""
-        return self._nodes.now() if self._nodes else None
+    def nodes(self, patience: float = 0.0) -> "Mapping[str, NodeState] | None":
+        """Who is online; None where that is not known. ``patience``: seconds to wait for the first answer."""
+        return self._nodes.now(patience) if self._nodes else None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether ``start`` was looked for, and does not run."""
+        return self._nodes is not None and self._nodes.is_asked and self.nodes() is None
 
     def close(self) -> None:
         """End what looks in the background."""

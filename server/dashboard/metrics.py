@@ -16,6 +16,8 @@ __all__ = ["exposition"]
 
 LATEST = 20
 """Runs: what Prometheus has seen of older ones, it keeps."""
+PATIENCE = 5.0
+"""Seconds: whoever asks once a minute must not be told each time that nobody is online."""
 
 
 def exposition(home: Home) -> bytes:
@@ -40,7 +42,7 @@ class _Collector(Collector):
 
 def _sites(home: Home) -> Iterator[Metric]:
     assert home.consortium is not None  # noqa: S101 - for the checkers; the caller looked
-    nodes, sites = home.nodes(), home.consortium.registry.sites()
+    nodes, sites = home.nodes(PATIENCE), home.consortium.registry.sites()
     up = GaugeMetricFamily("fedneuro_superlink_up", "1 while the SuperLink of start answers")
     up.add_metric([], float(nodes is not None))
     count = GaugeMetricFamily("fedneuro_sites", "Sites by state", labels=["state"])

@@ -35,20 +35,32 @@ class Nodes:
         self._place = "127.0.0.1", consortium.settings.ports.superlink
         self._authority = consortium.folder / "ca" / "root.crt"
         self._found: Mapping[str, NodeState] | None = None
+        self._asked = threading.Event()
         self._control: Control | None = None
         self._wanted = 0.0
         self._wake, self._end = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def now(self) -> "Mapping[str, NodeState] | None":
-        """Each node by name, at most two seconds old; None: ``start`` does not run, or nobody asked yet."""
+    @property
+    def is_asked(self) -> bool:
+        """Whether :meth:`now` speaks of the present; not yet just after the start and after a pause."""
+        return self._asked.is_set()
+
+    def now(self, patience: float = 0.0) -> "Mapping[str, NodeState] | None":
+        """Each node by name, at most two seconds old; None: ``start`` does not run, or nobody asked yet.
+
+        Args:
+            patience: seconds to wait for the first answer.
+        """
         self._wanted = time.monotonic()
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._follow, name="nodes", daemon=True)
                 self._thread.start()
         self._wake.set()
+        if patience:
+            self._asked.wait(patience)
         return self._found
 
     def close(self) -> None:
@@ -61,10 +73,12 @@ class Nodes:
     def _follow(self) -> None:
         while not self._end.is_set():
             self._found = self._look()
+            self._asked.set()
             self._end.wait(LOOK_SECONDS)
-            if time.monotonic() - self._wanted > WANTED_SECONDS:
+            self._wake.clear()  # before the look at the clock: who asks meanwhile wakes it again
+            if not self._end.is_set() and time.monotonic() - self._wanted > WANTED_SECONDS:
+                self._asked.clear()
                 self._found = None
-                self._wake.clear()
                 self._wake.wait()
         if self._control is not None:
             self._control.close()

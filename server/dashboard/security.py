@@ -35,7 +35,7 @@ from ...privacy.errors import BadInput, Refused
 from ...privacy.identity import replace_file, require_private
 from ..limits import Doorkeeper, TooMany
 
-__all__ = ["HEADERS", "PASSWORD_FILE", "REPORT_HEADERS", "Door", "Password", "Shield", "read_form"]
+__all__ = ["HEADERS", "MAX_FORM", "PASSWORD_FILE", "REPORT_HEADERS", "Door", "Password", "Shield", "read_form"]
 
 PASSWORD_FILE: Final = "dashboard.json"  # noqa: S105 - a file's name
 HEADERS: Final = {
@@ -206,16 +206,16 @@ class Door:
             raise Refused("the page is too old; go back, load it again, and repeat what you did")
 
 
-async def read_form(request: Request) -> dict[str, str]:
-    """The fields of a small form; of a field that comes twice the first.
+async def read_form(request: Request, most: int = MAX_FORM) -> dict[str, str]:
+    """The fields of a form of at most ``most`` bytes; of a field that comes twice the first.
 
     Raises:
         BadInput: it is no form, or too large.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     length = request.headers.get("content-length", "")
-    if kind != "application/x-www-form-urlencoded" or not length.isdecimal() or int(length) > MAX_FORM:
-        raise BadInput("a form of at most 8 kB is expected")
+    if kind != "application/x-www-form-urlencoded" or not length.isdecimal() or int(length) > most:
+        raise BadInput(f"a form of at most {most // 1024} kB is expected")
     try:
         fields = parse_qs((await request.body()).decode(), keep_blank_values=True, max_num_fields=20)
     except ValueError as error:

@@ -21,6 +21,7 @@ from ..consortium import Consortium
 from ..consortium_settings import DashboardPart
 from .app import create_app
 from .home import Home
+from .jobs import Jobs
 from .security import PASSWORD_FILE, Door, Password
 
 __all__ = ["LOOPBACK", "check_open", "log_to_stderr", "main", "serve"]
@@ -68,7 +69,7 @@ def serve(
         Refused: a password is missing.
         EnvironmentProblem: the port is in use.
     """
-    with closing(Home(folder)) as home:
+    with closing(Home(folder)) as home, closing(Jobs()) as jobs:
         settings = home.consortium.settings if home.consortium else None
         wanted = settings.dashboard if settings else DashboardPart()
         host, number = listen or wanted.listen, port or wanted.port
@@ -82,7 +83,7 @@ def serve(
         door = Door(Password(home.folder / PASSWORD_FILE), required=beyond, secure=beyond)
         tls = home.folder / "tls"
         config = uvicorn.Config(
-            create_app(home, door, hosts),
+            create_app(home, door, hosts, jobs),
             host=host,
             port=number,
             log_config=None,

@@ -27,7 +27,7 @@ from .home import Home, Shown
 if TYPE_CHECKING:
     from ..control import NodeState
 
-__all__ = ["FILES", "consortium_page", "run_page", "runs_page", "studies_page"]
+__all__ = ["FILES", "asked_sites", "consortium_page", "promise", "run_page", "runs_page", "studies_page"]
 
 SOON_DAYS: Final = 30
 FILES: Final = {
@@ -74,6 +74,7 @@ def consortium_page(home: Home, consortium: Consortium) -> dict[str, Any]:
     return {
         "sites": sites,
         "up": nodes is not None,
+        "down": home.is_down,
         "online": sum(site["health"].words == "online" for site in enrolled),
         "enrolled": len(enrolled),
         "invited": sum(site["state"] == "invited" for site in sites),
@@ -82,6 +83,13 @@ def consortium_page(home: Home, consortium: Consortium) -> dict[str, Any]:
         "live": [_run_row(shown) for shown in runs if shown.view.is_live],
         "latest": [_run_row(shown) for shown in runs if not shown.view.is_live][:3],
     }
+
+
+def asked_sites(sites: Sequence[SiteRecord], nodes: "Mapping[str, NodeState] | None") -> list[dict[str, Any]]:
+    """Those that a launch would ask, the held-out ones first."""
+    return [
+        _site(site, nodes, 0.0) for site in sorted(sites, key=lambda site: (site.role is not Role.HELDOUT, site.name))
+    ]
 
 
 def _site(site: SiteRecord, nodes: "Mapping[str, NodeState] | None", heard: float) -> dict[str, Any]:
@@ -158,7 +166,7 @@ def studies_page(home: Home) -> dict[str, Any]:
             study.hash,
             {
                 "name": study.study.name, "description": study.study.description, "hash": study.hash,
-                "privacy": _promise(study), "rounds": study.training.rounds, "runs": [], "answers": {},
+                "privacy": promise(study), "rounds": study.training.rounds, "runs": [], "answers": {},
                 "signed": shown.folder.study.with_suffix(".sig").is_file(),
                 "heldout": study.evaluation.heldout,
             },
@@ -189,7 +197,8 @@ def _why(reason: str) -> str:
         return reason
 
 
-def _promise(study: Study) -> str:
+def promise(study: Study) -> str:
+    """What a study promises each patient."""
     privacy = study.privacy
     if privacy.mode == "none":
         return "no privacy promise"
@@ -199,8 +208,8 @@ def _promise(study: Study) -> str:
 # -- one run -----------------------------------------------------------------------------------------------
 
 
-def run_page(shown: Shown, *, actions: bool) -> dict[str, Any]:
-    """The live view of a run; ``actions``: whether it can be stopped and resumed from here."""
+def run_page(shown: Shown, made: Mapping[str, Any], *, actions: bool) -> dict[str, Any]:
+    """The live view of a run; ``made``: what is made of it, ``actions``: whether it can be stopped and resumed here."""
     view, study = shown.view, shown.study
     results = _results(shown) if study else None
     main = main_metric(results) if results else ""
@@ -213,6 +222,7 @@ def run_page(shown: Shown, *, actions: bool) -> dict[str, Any]:
     charts, budgets = _charts(results, sites, key), _gauges(study, training)
     return {
         "run": _run_row(shown),
+        "made": made,
         "live": view.is_live,
         "stopping": view.stopping if view.is_live else "",
         "message": view.message,
@@ -240,7 +250,7 @@ def run_page(shown: Shown, *, actions: bool) -> dict[str, Any]:
 def _study_facts(study: Study | None) -> dict[str, str]:
     if study is None:
         return {}
-    return {"name": study.study.name, "hash": study.hash, "privacy": _promise(study)}
+    return {"name": study.study.name, "hash": study.hash, "privacy": promise(study)}
 
 
 def _pace(view: RunView) -> str:

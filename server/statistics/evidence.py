@@ -3,10 +3,11 @@
 
 A model is judged only on patients that it did not train on; two models are compared only on patients that both were
 judged on. Where a study was repeated with other seeds, a patient's value is the mean over the seeds, and the spread of
-the seeds is told beside the interval over patients, never mixed into it.
+the seeds is told beside the interval over patients, never mixed into it. AUROC and concordance, which no single patient
+has, are in :mod:`.ranked_rows`.
 
 Families of tests (Holm): one per table, ``sites`` (each model at each site) and ``overall`` (each model over all sites,
-patients resampled within sites). Only the headline metric is tested.
+patients resampled within sites). The headline metric is tested, and AUROC or concordance where they are known.
 """
 
 import math
@@ -17,9 +18,10 @@ from typing import Any, Final
 
 from .equivalence import equivalence
 from .family import holm
-from .intervals import Interval, mean_interval
+from .intervals import FEWEST, estimate_json, mean_interval
 from .moments import moments_interval, site_moments
 from .paired import compare_paired, power_note
+from .ranked_rows import Ranked, RankedRows
 from .strata import Traits, strata_rows
 
 __all__ = ["ALL", "BEST_LOCAL", "EVIDENCE_VERSION", "INSIDE", "OURS", "OWN", "Judged", "Table", "build_evidence"]
@@ -58,6 +60,7 @@ class Judged:
         traits: site: patient: trait: value, such as ``{"sex": "F"}``; for strata.
         heldout: sites at which our model did not train; for the gap.
         notes: what a reader must know, such as patients that could not be read.
+        ranked: metric of ranking: one table per seed.
     """
 
     metrics: Mapping[str, Sequence[Table]]
@@ -68,6 +71,7 @@ class Judged:
     traits: Traits = field(default_factory=dict)
     heldout: Sequence[str] = ()
     notes: Sequence[str] = ()
+    ranked: Mapping[str, Sequence[Ranked]] = field(default_factory=dict)
 
 
 def build_evidence(judged: Judged, *, seed: int, resamples: int = 2000, margin: float = 0.02) -> dict[str, Any]:
@@ -83,24 +87,60 @@ def build_evidence(judged: Judged, *, seed: int, resamples: int = 2000, margin: 
     main = tables.get(judged.main, {})
     maker = _Maker(judged, seed, resamples, margin)
     with_best = _with_chosen(main, judged)
+    ranked = [
+        RankedRows(metric, by_seed, judged.titles, judged.sites, margin, federated=OURS, inside=INSIDE, everywhere=ALL)
+        for metric, by_seed in judged.ranked.items()
+    ]
+    headline = next((rows for rows in ranked if rows.metric == judged.main), None)
+    found = _evidence(judged, maker, tables, main, with_best, ranked)
+    if headline:
+        found |= {
+            "matrix": headline.matrix(TUNED), "gap": headline.gap(judged.heldout), "disparity": headline.disparity(),
+            "seeds": headline.seeds(), "strata": [],
+        }  # fmt: skip
+    return found
+
+
+def _evidence(
+    judged: Judged,
+    maker: "_Maker",
+    tables: Mapping[str, Table],
+    main: Table,
+    with_best: Table,
+    ranked: Sequence[RankedRows],
+) -> dict[str, Any]:
     return {
         "schema_version": EVIDENCE_VERSION,
         "metric": judged.main,
         "higher_is_better": judged.better.get(judged.main, True),
-        "resamples": resamples,
-        "margin": margin,
+        "resamples": maker.resamples,
+        "margin": maker.margin,
         "models": dict(judged.titles) | {BEST_LOCAL: "best other hospital's own", OWN: "this hospital's own"},
         "sites": list(judged.sites),
         "heldout": list(judged.heldout),
-        "scores": [row for metric, table in tables.items() for row in maker.scores(metric, table)],
-        "comparisons": maker.comparisons(with_best),
+        "scores": [
+            *(row for metric, table in tables.items() for row in maker.scores(metric, table)),
+            *(row for rows in ranked for row in rows.scores()),
+        ],
+        "comparisons": adjusted(
+            [*maker.comparisons(with_best), *(row for rows in ranked for row in rows.comparisons())]
+        ),
         "matrix": maker.matrix(main),
         "gap": maker.gap(main),
         "disparity": maker.disparity(main),
-        "strata": strata_rows(main.get(OURS, {}), judged.traits, seed=seed, resamples=resamples),
+        "strata": strata_rows(main.get(OURS, {}), judged.traits, seed=maker.seed, resamples=maker.resamples),
         "seeds": _seeds(judged),
-        "notes": [*judged.notes, *maker.notes],
+        "notes": [*judged.notes, *maker.notes, *(note for rows in ranked for note in rows.notes)],
     }
+
+
+def adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons with p-values by Holm within each family, and the number of its tests."""
+    for family in ("sites", "overall"):
+        members = {k: row["p"] for k, row in enumerate(rows) if row["family"] == family and row["p"] is not None}
+        for k, value in holm(members).items():
+            rows[k] |= {"p_holm": value, "tests": len(members)}
+    return rows
 
 
 @dataclass(slots=True)
@@ -142,8 +182,9 @@ class _Maker:
                 f"{title} {where}: {metric} of {found['failed']} of {found['n'] + found['failed']} patients is not a "
                 "finite number; they have no part in the mean"
             )
-        if found["n"] == 1:
-            self.notes.append(f"{title} {where}: one patient, so {metric} has no interval and no test")
+        if found["n"] < FEWEST and (found["n"] == 1 or found.get("method") != "constant"):
+            patients = "one patient" if found["n"] == 1 else f"{found['n']} patients"
+            self.notes.append(f"{title} {where}: {patients}, so {metric} has no interval and no test")
         elif found.get("method") == "constant" and found["n"] > 1 and model == OURS:
             self.notes.append(f"{title} {where}: {metric} is {found['mean']:g} for each of {found['n']} patients")
 
@@ -165,10 +206,6 @@ class _Maker:
             elsewhere = {site: pairs for site, pairs in shared.items() if model != f"local: {site}"}
             if len(elsewhere) > 1 or (elsewhere and model in (BEST_LOCAL, OWN)):
                 rows.append(self._comparison(model, ALL, elsewhere))
-        for family in ("sites", "overall"):
-            members = {k: row["p"] for k, row in enumerate(rows) if row["family"] == family and row["p"] is not None}
-            for k, adjusted in holm(members).items():
-                rows[k] |= {"p_holm": adjusted, "tests": len(members)}
         return rows
 
     def _comparison(self, model: str, site: str, pairs: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> dict[str, Any]:
@@ -195,7 +232,7 @@ class _Maker:
                 "value": sign * found.effect,
                 "ci95": _ends(found.effect_low, found.effect_high, sign),
             },
-            "equivalence": asdict(equivalence(moments, margin=self.margin)),
+            "equivalence": asdict(equivalence(moments, margin=self.margin)) if found.p_wilcoxon is not None else None,
             "note": found.note or power_note(found.difference),
         }
 
@@ -262,14 +299,6 @@ class _Maker:
                 {"model": model, "worst": worst, "value": means[worst], "range": spread, "sd": stdev(means.values())}
             )
         return rows
-
-
-def estimate_json(interval: Interval) -> dict[str, Any]:
-    """An interval as it stands in results: ``ci95`` is null where there is none."""
-    ends = None if interval.low is None or interval.high is None else [interval.low, interval.high]
-    return {
-        "mean": interval.mean, "ci95": ends, "n": interval.n, "failed": interval.failed, "method": interval.method,
-    }  # fmt: skip
 
 
 def _mean_over_seeds(by_seed: Sequence[Table]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -24,9 +24,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["LEVEL", "Interval", "Method", "expanded_level", "finite", "mean_interval", "stratified_mean"]
+__all__ = [
+    "FEWEST",
+    "LEVEL",
+    "Interval",
+    "Method",
+    "estimate_json",
+    "expanded_level",
+    "finite",
+    "mean_interval",
+    "stratified_mean",
+]
 
 LEVEL: Final = 0.95
+FEWEST: Final = 5
+"""With fewer patients there is no interval: resamples of two or three values stay within their range, and look sure."""
 Method = Literal["bca", "percentile"]
 Values = NDArray[np.float64]
 
@@ -38,8 +50,8 @@ _HIGHEST_LEVEL = 1 - 1e-9
 class Interval:
     """A mean over patients with its interval.
 
-    ``low`` and ``high`` are None where no interval exists: fewer than two patients, or one at every site. ``failed``
-    counts patients whose value is not a finite number; they have no part in the mean. ``method`` is what was
+    ``low`` and ``high`` are None where no interval exists: fewer than :data:`FEWEST` patients, or one at every site.
+    ``failed`` counts patients whose value is not a finite number; they have no part in the mean. ``method`` is what was
     computed: ``percentile`` where ``bca`` was asked for and does not exist, ``constant`` where all values are equal.
     """
 
@@ -49,6 +61,14 @@ class Interval:
     n: int
     failed: int = 0
     method: str = ""
+
+
+def estimate_json(interval: Interval) -> dict[str, Any]:
+    """An interval as it stands in results: ``ci95`` is null where there is none."""
+    ends = None if interval.low is None or interval.high is None else [interval.low, interval.high]
+    return {
+        "mean": interval.mean, "ci95": ends, "n": interval.n, "failed": interval.failed, "method": interval.method,
+    }  # fmt: skip
 
 
 def finite(values: Sequence[float | None] | Values) -> tuple[Values, int]:
@@ -114,6 +134,8 @@ def mean_interval(
         return Interval(mean=mean, low=None, high=None, n=n, failed=failed, method="none")
     if all(np.ptp(values) == 0 for values in drawn):
         return Interval(mean=mean, low=mean, high=mean, n=n, failed=failed, method="constant")
+    if n < FEWEST:
+        return Interval(mean=mean, low=None, high=None, n=n, failed=failed, method="none")
     wanted = expanded_level(n, len(samples), level)
     low, high, used = bootstrap_means(samples, level=wanted, resamples=resamples, method=method, seed=seed)
     return Interval(mean=mean, low=float(low), high=float(high), n=n, failed=failed, method=used)

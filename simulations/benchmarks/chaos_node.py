@@ -16,6 +16,7 @@ has every answer that the audit log let out; each charge was settled once at mos
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -80,8 +81,10 @@ def bench_chaos_node(
     *,
     kills: int = 20,
     seed: int = 0,
+    shortest: float = 1.0,
     longest: float = 10.0,
     kinds: tuple[str, ...] = KINDS,
+    minutes: float = math.inf,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Do ``kills`` faults to a node; returns (and saves) what happened.
@@ -90,8 +93,10 @@ def bench_chaos_node(
         json_path: file for the figures.
         kills: faults in all; the kinds take turns, in a random order.
         seed: of order, moments and lengths.
-        longest: seconds of a cut, of a full disk, of a wrong clock.
+        shortest: seconds of a cut, of a full disk, of a wrong clock; at least.
+        longest: at most.
         kinds: which faults.
+        minutes: no fault begins later than that; what must hold is looked at all the same.
         tell: takes a line about each.
 
     Raises:
@@ -106,14 +111,20 @@ def bench_chaos_node(
         plan = [turns[number % len(turns)] for number in range(kills)]
         draw.shuffle(plan)
         faults = []
+        last = time.monotonic() + 60 * minutes
         for number, kind in enumerate(plan, start=1):
-            fault = scene.suffer(kind, draw, longest)
+            if time.monotonic() > last:
+                break
+            fault = scene.suffer(kind, draw, (min(shortest, longest), longest))
             faults.append(fault)
             said = ", ".join(f"{reason} × {count}" for reason, count in fault.said.items())
             tell(
                 f"{number}/{kills} {kind}: lasted {fault.lasted:.1f} s, answered again after {fault.back:.1f} s {said}"
             )
-        found = {"faults": kills, "seed": seed, "left_out": left_out, **scene.verify()}
+        found = {"faults": len(faults), "seed": seed, "left_out": left_out, **scene.verify()}
+    found["longest"] = {
+        kind: max(lasted) for kind in turns if (lasted := [round(f.lasted, 1) for f in faults if f.kind == kind])
+    }
     found["seconds_until_answered"] = {
         kind: {"median": median(backs), "worst": max(backs), "n": len(backs)}
         for kind in turns
@@ -216,11 +227,11 @@ class _Scene:
 
     # -- faults ----------------------------------------------------------------------------------------
 
-    def suffer(self, kind: str, draw: random.Random, longest: float) -> _Fault:
-        """One fault at a random moment of running rounds, until a later round is answered."""
+    def suffer(self, kind: str, draw: random.Random, lengths: tuple[float, float]) -> _Fault:
+        """One fault at a random moment of running rounds, until a later round is answered; ``lengths``: in seconds."""
         wait_until("the node is whole", self.node.pids)
         fault = _Fault(kind)
-        delay, lasts = draw.uniform(0.0, 3.0), draw.uniform(1.0, longest)
+        delay, lasts = draw.uniform(0.0, 3.0), draw.uniform(*lengths)
         over: list[float] = []
 
         def strike() -> None:

@@ -2,6 +2,7 @@
 """``fedneuro-sim bench chaos-node`` and ``soak``: a hospital's real node under faults, and over many rounds."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,11 @@ def chaos_node(
     json_out: JsonOut = None,
     kills: Annotated[int, typer.Option("--kills", min=1, help="Faults in all; the kinds take turns.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Of order, moments and lengths.")] = 0,
-    longest: Annotated[
-        float, typer.Option("--longest", min=1, help="Seconds of a cut, full disk, wrong clock.")
-    ] = 10.0,
+    shortest: Annotated[
+        float, typer.Option("--shortest", min=1, help="Seconds of a cut, full disk, wrong clock, at least.")
+    ] = 1.0,
+    longest: Annotated[float, typer.Option("--longest", min=1, help="The same, at most.")] = 10.0,
+    minutes: Annotated[float, typer.Option("--minutes", min=0, help="No fault begins later.")] = math.inf,
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Only this kind of fault; may repeat.")] = None,
 ) -> None:
     """A hospital's real node, killed, cut off, out of disk, with a wrong clock at random moments: it must come back."""
@@ -30,8 +33,9 @@ def chaos_node(
 
     console = Console(stderr=True)
     found = bench_chaos_node(
-        json_out, kills=kills, seed=seed, longest=longest, kinds=tuple(kinds or KINDS), tell=console.print
-    )
+        json_out, kills=kills, seed=seed, shortest=shortest, longest=longest, kinds=tuple(kinds or KINDS),
+        minutes=minutes, tell=console.print,
+    )  # fmt: skip
     print(json.dumps(found, indent=2))
 
 

@@ -40,6 +40,10 @@ HANG_SECONDS: Final = 10
 PATIENCE_SECONDS: Final = 30.0
 """Without a new input for so long, the process is ended from outside."""
 MOST_FAULTS: Final = 50
+TRACED: Final = ["nibabel", "pydicom", "fedneuro.client.data"]
+"""Packages that tell atheris which lines they reach."""
+START_SECONDS: Final = 120.0
+"""What a process may take to load everything, on a machine that others use too."""
 _INPUT: Final = "input"
 _COUNT: Final = "count"
 _FAULT: Final = "fault-"
@@ -166,7 +170,7 @@ def _one_process(work: Path, reader: str, seed: int, seconds: float, guided: boo
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=_feed, args=(str(work), reader, seed, seconds, guided, extra), daemon=True)
     child.start()
-    last, seen, end = time.monotonic(), -1, time.monotonic() + seconds + PATIENCE_SECONDS
+    last, seen, end = time.monotonic() + START_SECONDS, -1, time.monotonic() + seconds + START_SECONDS
     while child.is_alive():
         child.join(0.5)
         with suppress(OSError, ValueError):
@@ -187,9 +191,10 @@ class _Hang(BaseException):
 def _feed(work_text: str, reader: str, seed: int, seconds: float, guided: bool, extra: list[bytes]) -> None:
     work = Path(work_text)
     state: dict[str, float] = {"read": 0, "refused": 0, "seconds": 0.0, "mib": 0.0, "saved": 0.0}
-    read, corpus = READERS[reader], [*sound_files(reader), *extra]
     place = work / "site"
-    _shielded(read, work, place, corpus[0])  # everything is imported
+    with _traced(guided):
+        read, corpus = READERS[reader], [*sound_files(reader), *extra]
+        _shielded(read, work, place, corpus[0], seconds=0)  # everything is imported, however long that takes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     if not guided:  # atheris needs room of its own
@@ -222,7 +227,7 @@ def _feed(work_text: str, reader: str, seed: int, seconds: float, guided: bool, 
     (work / _COUNT).write_text(json.dumps(state))
 
 
-def _shielded(read: Reader, work: Path, place: Path, raw: bytes) -> str:
+def _shielded(read: Reader, work: Path, place: Path, raw: bytes, seconds: float = HANG_SECONDS) -> str:
     """``read``, ``refused``, or the fault in words."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -230,29 +235,42 @@ def _shielded(read: Reader, work: Path, place: Path, raw: bytes) -> str:
     path = place / "object"
     path.write_bytes(raw)
     try:
-        with _clock():
+        with _clock(seconds):
             read(path)
     except DataError as error:
         lines = str(error).splitlines()
         return "refused" if len(lines) == 1 and len(lines[0]) < 1000 else f"a message of {len(lines)} lines: {error}"
     except _Hang:
-        return f"hang: over {HANG_SECONDS} s\n{traceback.format_exc()[-1500:]}"
+        return f"hang: over {HANG_SECONDS} s of CPU time\n{traceback.format_exc()[-1500:]}"
     except Exception:
         return traceback.format_exc()[-3000:]
     return "read"
 
 
 @contextmanager
-def _clock() -> Iterator[None]:
+def _clock(seconds: float) -> Iterator[None]:
+    """Stop after so many seconds of this process's CPU time (0: never); who waits for ever is ended from outside."""
+
     def late(*_: object) -> None:
         raise _Hang
 
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(HANG_SECONDS)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@contextmanager
+def _traced(guided: bool) -> Iterator[None]:
+    """What is imported within tells atheris which lines it reaches."""
+    if not guided:
+        yield
+        return
+    atheris: Any = importlib.import_module("atheris")
+    with atheris.instrument_imports(include=TRACED):
+        yield
 
 
 def _guided(work: Path, corpus: list[bytes], seed: int, seconds: float, once: Callable[[bytes], None]) -> None:
@@ -263,11 +281,6 @@ def _guided(work: Path, corpus: list[bytes], seed: int, seconds: float, once: Ca
     atheris: Any = importlib.import_module("atheris")
     options = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed + 1}", "-max_len=65536", "-rss_limit_mb=0"]
     quiet = ["-verbosity=0", "-print_final_stats=0", "-timeout=60", "-handle_alrm=0"]
-    for name in ("fedneuro.client.data.nifti", "fedneuro.client.data.dicom.headers", "nibabel.nifti1"):
-        module: Any = importlib.import_module(name)
-        for key, value in list(vars(module).items()):
-            if callable(value) and getattr(value, "__module__", "") == name and hasattr(value, "__code__"):
-                setattr(module, key, atheris.instrument_func(value))
     atheris.Setup(["fuzz", *options, *quiet, str(folder)], once)
     with suppress(SystemExit):
         atheris.Fuzz()

@@ -6,9 +6,12 @@ finished; what is missing is told in a note.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from ...client.patient_scores import FILE
 from ...models.metrics import METRICS, higher_is_better
@@ -30,6 +33,10 @@ TITLES: Mapping[str, str] = {
     "previous": "previous release",
 }
 
+Records = dict[str, dict[str, dict[str, dict[str, dict[str, list[Any]]]]]]
+"""As :data:`Scores`, of AUROC and concordance: what a patient's rank rests on, one per fold."""
+_NO_METRIC: Final = frozenset({"class", "failures", "predicted", "observed", "event"})
+"""Values of patients that are not a metric."""
 Scores = dict[str, dict[str, dict[str, dict[str, dict[str, list[float | None]]]]]]
 """Metric: seed: model: hospital: patient: values, one per fold."""
 
@@ -43,6 +50,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
         majority: class that most training patients have, by fold.
     """
     scores: Scores = {}
+    records: Records = {}
     notes: list[str] = []
     missing: list[str] = []
     done: set[Path] = set()
@@ -58,18 +66,25 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
             for patient, values in patients.items():
                 site, own = index.get(patient, (hospital, patient)) if index or not hospital else (hospital, patient)
                 _add(scores, fold.seed, model, site, own, values)
+                _add_record(records, fold.seed, model, site, own, values)
                 if model == OURS and "majority" in plan.compare.kinds and "class" in values:
                     guess = majority.get(fold.name)
                     right = None if guess is None else float(values["class"] == guess)
                     _add(scores, fold.seed, "majority", site, own, {"accuracy": right})
+                    if guess is not None:  # the same for everyone: it ranks nobody
+                        same = {f"probability_{k}": float(k == guess) for k in range(len(plan.study.task.labels))}
+                        _add_record(records, fold.seed, "majority", site, own, {"class": values["class"], **same})
     if missing:
         text = f"not judged yet, or they could not be ({len(missing)}): {'; '.join(missing)}"
         notes.append(f"{text}; the same command goes on")
     hospitals = _hospitals(plan)
-    found = {model for seeds in scores.values() for tables in seeds.values() for model in tables}
+    found = {model for seeds in [*scores.values(), *records.values()] for tables in seeds.values() for model in tables}
+    ranked = {m: seeds for m, seeds in records.items() if m in plan.study.metric_names}
     titles = {OURS: TITLES[OURS]}
     titles |= {f"local: {h}": f"local, {h} alone" for h in hospitals if f"local: {h}" in found}
     titles |= {model: title for model, title in TITLES.items() if model in found and model not in titles}
+    if "previous" in found:
+        notes.append("previous release: nothing is known of whom it was trained on; these patients may be among them")
     if "majority" in plan.compare.kinds and any(guess is None for guess in majority.values()):
         notes.append("majority class: unknown in a fold, as participants.tsv of the training hospitals names no class")
     heldout = [fold.hospital[name] for fold in plan.folds for name in fold.tests]
@@ -79,7 +94,11 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
         },
         titles=titles,
         sites=[*dict.fromkeys(heldout), *(h for h in hospitals if h not in heldout)],
-        main=main_metric_of(plan, set(scores)),
+        ranked={
+            metric: [_averaged_records(tables) for _, tables in sorted(seeds.items())]
+            for metric, seeds in ranked.items()
+        },
+        main=main_metric_of(plan, {*scores, *ranked}),
         better={metric: more_is_better(metric) for metric in scores},
         traits=traits,
         heldout=list(dict.fromkeys(heldout)),
@@ -88,7 +107,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
 
 
 def main_metric_of(plan: Plan, known: set[str]) -> str:
-    """The metric of the headline: the selecting one where single patients have it, else the first that they have."""
+    """The metric of the headline: the selecting one where it is known here, else the first that is."""
     wanted = [plan.study.select_metric, *plan.study.metric_names, "accuracy", *sorted(known)]
     return next((metric for metric in wanted if metric in known), plan.study.metric_names[0])
 
@@ -162,9 +181,47 @@ def _read(path: Path, model: str, hospital: str, notes: list[str], missing: list
 
 def _add(scores: Scores, seed: int, model: str, site: str, patient: str, values: Mapping[str, float | None]) -> None:
     for metric, value in values.items():
-        if metric not in ("class", "failures") and not metric.startswith("probability_"):
+        if metric not in _NO_METRIC and not metric.startswith("probability_"):
             table = scores.setdefault(metric, {}).setdefault(f"{seed:010d}", {}).setdefault(model, {})
             table.setdefault(site, {}).setdefault(patient, []).append(value)
+
+
+def _add_record(records: Records, seed: int, model: str, site: str, patient: str, values: Mapping[str, Any]) -> None:
+    """What AUROC or concordance need of a patient, where the values have it."""
+    record: tuple[Any, ...]
+    if "class" in values:
+        names = sorted((name for name in values if name.startswith("probability_")), key=lambda n: int(n[12:]))
+        metric, record = "auroc", (int(values["class"]), [_float(values[name]) for name in names])
+    elif "event" in values:
+        metric, record = "c_index", (_float(values["predicted"]), _float(values["observed"]), bool(values["event"]))
+    else:
+        return
+    table = records.setdefault(metric, {}).setdefault(f"{seed:010d}", {}).setdefault(model, {})
+    table.setdefault(site, {}).setdefault(patient, []).append(record)
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _averaged_records(
+    tables: Mapping[str, Mapping[str, Mapping[str, list[Any]]]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """A patient's record over folds: predictions are averaged, what is known of the patient is the same in all."""
+
+    def merged(found: list[Any]) -> Any:
+        if len(found) == 1:
+            return found[0]
+        if isinstance(found[0][1], list):
+            return found[0][0], np.mean([probabilities for _, probabilities in found], axis=0).tolist()
+        return float(np.mean([predicted for predicted, _, _ in found])), *found[0][1:]
+
+    return {
+        model: {
+            site: {patient: merged(found) for patient, found in patients.items()} for site, patients in sites.items()
+        }
+        for model, sites in tables.items()
+    }
 
 
 def _averaged(

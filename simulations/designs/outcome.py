@@ -79,7 +79,22 @@ def write_patients(path: Path, plan: Plan, values: Mapping[str, Any]) -> None:
                 for site, patients in sites.items():
                     for patient, value in patients.items():
                         table.writerow([metric, number, model, site, patient, "" if value is None else repr(value)])
+    for metric, by_seed in judged.ranked.items():  # what it rests on: no patient has one
+        for number, models in enumerate(by_seed):
+            for model, sites in models.items():
+                for site, patients in sites.items():
+                    for patient, record in patients.items():
+                        for name, value in _parts(metric, record):
+                            table.writerow([name, number, model, site, patient, repr(value)])
     _write(path, text.getvalue())
+
+
+def _parts(metric: str, record: Any) -> list[tuple[str, float]]:
+    """What AUROC or concordance take of a patient, by name."""
+    if metric == "c_index":
+        return list(zip(("predicted", "observed", "event"), map(float, record), strict=True))
+    label, probabilities = record
+    return [("class", float(label)), *((f"probability_{k}", p) for k, p in enumerate(probabilities))]
 
 
 def _fold(plan: Plan, number: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ nilearn carries, seen by the scanner of an invented hospital, with invented lesi
 - :mod:`.style`: how a hospital's scanner sees: contrast, bias field, noise, voxels, storage;
 - :mod:`.scan`: lesions, and tissue fractions turned into grey values;
 - :mod:`.write`: patients, sites and federations as BIDS folders;
+- :mod:`.outcomes`: a score and a survival time that depend on the lesions, for those who ask;
 - :mod:`.lesions`, :mod:`.face`, :mod:`.variety`: for pre-training, many kinds of lesions, what surrounds a brain, and
   crops with another scanner each.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedneuro.client.air_gap import closure, make_wheelhouse
-from fedneuro.client.integrity import check_integrity
+from fedneuro.client.integrity import _lies_in, check_integrity
 from fedneuro.privacy.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +144,15 @@ def test_a_sitecustomize_from_elsewhere_is_seen(installed: Path, tmp_path: Path)
 def test_an_editable_installation_is_not_called_proven() -> None:
     mine = check_integrity()
     assert not mine.proven and "editable" in mine.note
+
+
+def test_a_sitecustomize_that_the_distribution_linked_is_its_own(tmp_path: Path) -> None:
+    """As Debian's does, from /usr/lib to /etc: every Python of Debian and Ubuntu has it."""
+    places = [tmp_path / "lib"]
+    for name in ("etc", "lib"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "etc" / "sitecustomize.py").touch()
+    (tmp_path / "lib" / "sitecustomize.py").symlink_to("../etc/sitecustomize.py")
+    assert _lies_in(f"{tmp_path}/lib/sitecustomize.py", places)
+    assert not _lies_in(f"{tmp_path}/etc/sitecustomize.py", places)
+    assert not _lies_in(f"{tmp_path}/lib/../etc/sitecustomize.py", places)

@@ -117,6 +117,22 @@ def _broken_reader(path: Path) -> None:
         raise RuntimeError("not a line")
 
 
+def _slow_reader(_: Path) -> None:
+    end = time.process_time() + 0.4
+    while time.process_time() < end:
+        pass
+
+
+def test_the_clock_counts_the_readers_own_work_and_not_what_is_loaded_before(tmp_path: Path) -> None:
+    """On a busy machine the first import took longer than the limit: stopped half-way, it broke every later one."""
+    from fedneuro.simulations.benchmarks.fuzz import _shielded
+
+    place = tmp_path / "site"
+    assert _shielded(_slow_reader, tmp_path, place, b"", seconds=0.1).startswith("hang")
+    assert _shielded(_slow_reader, tmp_path, place, b"", seconds=0) == "read"
+    assert _shielded(lambda _: time.sleep(0.3), tmp_path, place, b"", seconds=0.1) == "read"
+
+
 def test_the_bench_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short run finds nothing; a reader that raises something else is found, with the input."""
     found = bench_fuzz(tmp_path / "out.json", seconds=1.0, keep=tmp_path / "keep")

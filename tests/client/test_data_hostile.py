@@ -129,6 +129,22 @@ def test_a_small_file_that_unfolds_to_much_is_a_finding(tmp_path: Path, monkeypa
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 < 256
 
 
+def test_tables_without_end_or_of_another_kind(tmp_path: Path) -> None:
+    """A device, a folder, another alphabet: each is a line, and none is read for ever."""
+    write_series(tmp_path / "src")
+    wide = tmp_path / "wide.tsv"
+    wide.write_text("series\taction", "utf-16")
+    for table, words in (
+        (Path("/dev/zero"), "no file"),
+        (tmp_path, "no file"),
+        (wide, "not text in UTF-8"),
+        (tmp_path / "x", "No such"),
+    ):
+        with pytest.raises(DataError, match=rf"cannot be read \(.*{words}") as caught:
+            import_dicom(tmp_path / "src", tmp_path / "bids", tmp_path / "state", mapping=table)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_ten_thousand_small_files(tmp_path: Path) -> None:
     root = write_site(tmp_path / "HT")
     crowd = root / "sourcedata"

@@ -170,6 +170,51 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+def test_a_copy_that_was_cut_off_does_not_take_the_place_of_the_whole(tmp_path: Path) -> None:
+    """It lies first in the walk; the series is whole without it, and is refused where there is no other copy."""
+    write_series(tmp_path / "src" / "series")
+    whole = sorted((tmp_path / "src" / "series").glob("*.dcm"))[2]
+    content = whole.read_bytes()
+    (tmp_path / "src" / "cut.dcm").write_bytes(content[: len(content) - 200])
+    summary = run(tmp_path)
+    assert len(summary.imported) == 1 and not summary.refused
+    whole.unlink()
+    assert len(run(tmp_path).refused) == 1
+
+
+def test_a_tilted_ct_is_straightened_where_staff_ask_for_it(tmp_path: Path) -> None:
+    """A ramp in space is the same ramp afterwards, wherever it was measured; the side-car says that it was done."""
+
+    def ramp(k: int, item: Dataset) -> None:
+        tilted_ct(k, item)
+        y0 = float(item.ImagePositionPatient[1])
+        x, y = np.arange(SHAPE[0]) * SPACING[0] + ORIGIN[0], np.arange(SHAPE[1]) * SPACING[1] + y0
+        z = ORIGIN[2] + SPACING[2] * k
+        hu = 5 * x[None, :] + 7 * y[:, None] + 3 * z
+        item.PixelData = np.rint(hu + 1024).astype(np.uint16).tobytes()
+
+    write_series(tmp_path / "src", change=ramp, description="head")
+    (row,) = run(tmp_path, dry_run=True).rows
+    assert (row.action, row.suffix) == ("refused", "CT") and "set action to straighten" in row.reason
+    mapping = tmp_path / "bids" / "code" / "dicom_mapping.tsv"
+    edited = tmp_path / "edited.tsv"
+    edited.write_text(mapping.read_text().replace("\trefused\t", "\tstraighten\t"))
+    summary = run(tmp_path, mapping=edited)
+    assert not summary.refused
+    image = _NIB.load(next((tmp_path / "bids").rglob("*_CT.nii.gz")))
+    axes = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    assert np.allclose(np.abs(axes.T @ axes), np.eye(3), atol=1e-6)
+    grey = np.asarray(image.dataobj, float)
+    i, j, k = np.meshgrid(*map(np.arange, image.shape), indexing="ij")
+    x, y, z = image.affine[:3, :3] @ np.stack([i.ravel(), j.ravel(), k.ravel()]) + image.affine[:3, 3:]
+    wanted = (5 * -x + 7 * -y + 3 * z).reshape(image.shape)  # RAS to LPS
+    inside = grey > grey.min()
+    assert inside.sum() >= np.prod(SHAPE) - (SHAPE[0] * SHAPE[2] + 1) and image.shape[1] > SHAPE[1]
+    assert np.abs(grey - wanted)[inside].max() <= 1.01, "rounding, once stored and once interpolated"
+    side_car = next((tmp_path / "bids").rglob("*_CT.json")).read_text()
+    assert "gantry tilt of 12.5 degrees" in side_car
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_name_the_reason_and_the_rest_goes_on(name: str, tmp_path: Path) -> None:
     options, action, words = REFUSALS[name]

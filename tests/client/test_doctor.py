@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from fedneuro.client.doctor import Finding, examine
-from fedneuro.client.doctor_network import Way, network_checks
+from fedneuro.client.doctor_network import network_checks
 from fedneuro.client.node_settings import NodeSettings, load_node_settings
+from fedneuro.client.way import Way
 from fedneuro.simulations.certificates import Certificates, make_certificates
 from tests.bids import write_site
 from tests.client.test_node import enrolled

@@ -26,7 +26,11 @@ from typing import Any
 import psutil
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 
 from fedneuro.client.audit_chain import Signer, verify_log
 from fedneuro.client.run_folder import RunFolder
@@ -42,6 +46,7 @@ from fedneuro.server.rounds import initial_arrays
 from fedneuro.server.store import RunStore
 from fedneuro.simulations.benchmarks.live import SuperLink, take_run
 from tests.bids import write_site
+from tests.client.flower_node import tampered
 from tests.server.conftest import PASSPHRASE, ROOT_PASSPHRASE, free_ports
 
 pytestmark = pytest.mark.deployment
@@ -207,6 +212,8 @@ def test_a_study_runs_to_its_end_through_the_guard(consortium: Consortium, tmp_p
         assert [sorted(record.train) for record in rounds[1:]] == [["north"], ["north"]]
         assert not any(record.refusals for record in rounds)
     assert consortium.charges == 2
+    runner = RunFolder(consortium.node / "state").read("runner")["pid"]
+    assert "libtorch" not in Path(f"/proc/{runner}/maps").read_text(), "only its child computes"
     entries = consortium.log
     left = [entry["round"] for entry in entries if entry.get("answer") == "TrainReply" and entry["kind"] == "out"]
     assert left == [1, 2] and sum(entry["kind"] == "ledger" for entry in entries) == 2
@@ -244,13 +251,13 @@ def _send(grid: Grid, contents: list[RecordDict], kind: str = "train") -> list[M
     """Send each to the hospital and wait for all answers."""
     node = registered_nodes(grid)["north"]
     messages = [
-        Message(content, dst_node_id=node, message_type=MESSAGE_TYPES[kind], ttl=600.0)  # type: ignore[index]
+        Message(content, dst_node_id=node, message_type=MESSAGE_TYPES[kind], ttl=3600.0)  # type: ignore[index]
         for content in contents
     ]
     pending = set(grid.push_messages(messages))
     assert "" not in pending and None not in pending
     found: list[Message] = []
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 300 + 2 * len(contents)
     while pending:
         assert time.monotonic() < deadline, f"{len(pending)} of {len(contents)} are not answered"
         for reply in grid.pull_messages(pending):
@@ -331,6 +338,39 @@ def test_compressed_bombs_in_a_message_stay_compressed(hostile: Consortium) -> N
     assert hostile.charges == before
 
 
+def test_a_message_that_cannot_be_put_together_is_answered(hostile: Consortium) -> None:
+    """One whose record is none, and an array that names its one part a million times; then an honest request."""
+    before, entries = hostile.charges, len(hostile.log)
+    runner = psutil.Process(RunFolder(hostile.node / "state").read("runner")["pid"])
+    forms: dict[str, Callable[[bytes], bytes]] = {
+        "ConfigRecord": lambda _: b"\xff" * 40,
+        "Array": lambda body: json.dumps(json.loads(body) | {"arraychunk_ids": [0] * 1_000_000}).encode(),
+    }
+    with _little_more_memory(runner), take_run(hostile.link, bundle(), {"study": "", "out": ""}) as grid:
+        for part, change in forms.items():
+            assert _send_tampered(grid, _request(hostile), part, change).has_error()
+        (honest,) = _send(grid, [_request(hostile, "hello", 0)], "hello")
+        assert honest.has_content()
+    assert hostile.charges == before and runner.is_running()
+    new = [entry for entry in hostile.log[entries:] if entry["kind"] == "in"]
+    assert [entry.get("reason") for entry in new] == ["contract-violation"] * 2 + [None]
+
+
+def _send_tampered(grid: Any, content: RecordDict, part: str, change: Callable[[bytes], bytes]) -> Message:
+    """Send what Flower's own client would not make; returns the answer."""
+    message = Message(content, registered_nodes(grid)["north"], "train", ttl=600.0)
+    tree, parts = tampered(message, part, change)
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    client, run_id = grid._runtime_client, message.metadata.run_id
+    proto = message_to_proto(remove_content_from_message(message))
+    pushed = client.PushMessages(PushAppMessagesRequest(messages_list=[proto], message_object_trees=[tree]))
+    push = make_push_object_fn_protobuf(client.PushObject, grid.node, run_id, pushed.session_id)
+    for key in pushed.objects_to_push:
+        push(key, parts[key])
+    return wait_for("it is answered", lambda: next(iter(grid.pull_messages([tree.object_id])), None), 60)  # type: ignore[no-any-return]
+
+
+@pytest.mark.timeout(600 + 3 * FLOOD)
 def test_a_flood_of_tasks_is_refused_and_logged_and_the_node_lives(hostile: Consortium) -> None:
     policy = hostile.node / "policy.toml"
     text = policy.read_text()

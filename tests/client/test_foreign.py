@@ -9,9 +9,11 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from fedneuro.client.cli_data import app
 from fedneuro.client.data.bids import find_patients, find_scans, read_participants
-from fedneuro.client.data.foreign import import_images, import_nnunet, import_table
+from fedneuro.client.data.foreign import Imported, import_images, import_nnunet, import_table
 from fedneuro.privacy.errors import BadInput, DataError, StateError
 from tests.bids import write_nifti, write_site
 
@@ -30,7 +32,7 @@ def pictures(folder: Path, rows: str = "who,kind,file\nA17,x,a.png\nA17,x,b.png\
 def test_pictures_with_a_table(tmp_path: Path) -> None:
     source = pictures(tmp_path / "src")
     out = tmp_path / "bids"
-    assert import_images(source, source / "table.csv", out, tmp_path / "state", **COLUMNS) == 2
+    assert import_images(source, source / "table.csv", out, tmp_path / "state", **COLUMNS) == Imported(2, {})
     table = read_participants(out)
     assert table is not None and sorted(row["kind"] for row in table.values()) == ["x", "y"]
     assert sorted(len(find_scans(out, p, ["T1w"], None)) for p in find_patients(out)) == [1, 2]
@@ -48,6 +50,7 @@ def test_pictures_with_a_table(tmp_path: Path) -> None:
         ("who,kind,file\nA,x,c.png\n", "cannot be read"),
         ("who,kind,file\nA,x,../secret.png\n", "leads out"),
         ("who,file\nA,a.png\n", "no column kind"),
+        ("who,kind,file\nA,x,a.png\n,y,b.png\n", "line 3: no who"),
     ],
 )
 def test_wrong_tables_leave_nothing_behind(rows: str, words: str, tmp_path: Path) -> None:
@@ -60,6 +63,25 @@ def test_wrong_tables_leave_nothing_behind(rows: str, words: str, tmp_path: Path
         import_images(source, source / "table.csv", tmp_path / "bids", tmp_path / "state", **small)
 
 
+def test_pictures_that_fail_leave_the_others(tmp_path: Path) -> None:
+    """Broken, absent, a bomb; sixteen bits are kept; the command counts what failed and ends with code 2."""
+    source = pictures(
+        tmp_path / "src", "who,kind,file\nA,x,a.png\nB,y,b.png\nC,x,bomb.png\nA,x,gone.png\nD,y,deep.png\n"
+    )
+    (source / "b.png").write_bytes((source / "b.png").read_bytes()[:50])
+    Image.new("1", (14_000, 14_000)).save(source / "bomb.png")
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(source / "deep.png")
+    out = tmp_path / "bids"
+    arguments = ["import", "images", str(source), "--table", str(source / "table.csv"), "--patient", "who"]
+    arguments += ["--target", "kind", "--out", str(out), "--state", str(tmp_path / "state")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, DataError) and "3 files failed" in str(result.exception)
+    assert result.output.splitlines()[-1] == f"2 patients imported to {out}, 3 files failed"
+    assert len((out / "participants.tsv").read_text().splitlines()) == 3
+    values = {float(np.asarray(_NIB.load(path).dataobj).max()) for path in out.rglob("*.nii.gz")}
+    assert values == {150.0, 40_000.0}
+
+
 def test_nnunet_raw_layout(tmp_path: Path) -> None:
     source, out = tmp_path / "Dataset001", tmp_path / "bids"
     grey = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
@@ -69,7 +91,14 @@ def test_nnunet_raw_layout(tmp_path: Path) -> None:
         write_nifti(source / "labelsTr" / f"{case}.nii.gz", (grey > 1).astype(np.uint8))
     description = {"channel_names": {"0": "FLAIR", "1": "T1ce"}, "labels": {"background": 0, "tumour": 1}}
     (source / "dataset.json").write_text(json.dumps(description))
-    assert import_nnunet(source, out, tmp_path / "state") == 2
+    broken = source / "imagesTr" / "BRATS_002_0001.nii.gz"
+    sound = broken.read_bytes()
+    broken.write_bytes(sound[:100])
+    part = import_nnunet(source, tmp_path / "part", tmp_path / "state")
+    assert part.patients == 1 and "cannot be read" in part.faults["imagesTr/BRATS_002_0001.nii.gz"]
+    assert len(list((tmp_path / "part").rglob("*.nii.gz"))) == 3, "nothing of the other case"
+    broken.write_bytes(sound)
+    assert import_nnunet(source, out, tmp_path / "state") == Imported(2, {})
     for patient in find_patients(out):
         (scan,) = find_scans(out, patient, ["FLAIR", "ce-gadolinium_T1w"], "dseg")
         assert scan.mask is not None and None not in scan.images
@@ -87,8 +116,10 @@ def test_outcomes_into_participants(tmp_path: Path) -> None:
     rows = read_participants(out)
     assert rows is not None and [row["Partition_ID"] for row in rows.values()] == ["4", "5", "n/a"]
     assert "Doe" not in (out / "participants.tsv").read_text()
+    table.write_text("Subject_ID;Grade\nP001;II\n")  # as spreadsheets write it where the comma parts decimals
+    assert import_table(table, out, None, patient="Subject_ID", columns=["Grade"]) == (1, 0)
     table.write_text("Partition_ID,Subject_ID\n4,P001\n5,P001\n")
     with pytest.raises(DataError, match="second row"):
         import_table(table, out, None, patient="Subject_ID", columns=["Partition_ID"])
-    with pytest.raises(DataError, match="no column Grade"):
-        import_table(table, out, None, patient="Subject_ID", columns=["Grade"])
+    with pytest.raises(DataError, match="no column Stage"):
+        import_table(table, out, None, patient="Subject_ID", columns=["Stage"])

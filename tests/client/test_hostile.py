@@ -5,9 +5,11 @@ After every attempt: only a reason code left, the ledger holds what it should, t
 verifies with the node's public key, and the node answers an honest request.
 """
 
+import hashlib
 import io
 import json
 import pickle
+import struct
 import tracemalloc
 import zipfile
 import zlib
@@ -415,6 +417,31 @@ def test_oversized_records(hospital: Hospital) -> None:
     lives(hospital)
 
 
+def test_a_study_that_is_too_long_is_not_read(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encode_request(Request(kind="hello", study=STUDY))
+    record = content["request"]
+    assert isinstance(record, ConfigRecord)
+    record["study"] = long = b"[" * 1_000_000
+    record["study-hash"] = hashlib.sha256(long).hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "from_canonical", lambda *_: pytest.fail("it was read"))
+        assert refused_message(hospital, content, "query.hello") is Reason.CONTRACT_VIOLATION
+    lives(hospital)
+
+
+def test_lists_that_are_too_long(hospital: Hospital) -> None:
+    """Twenty thousand arrays of nothing, in a message that is else right."""
+    nothing = {str(number): np.zeros(0, np.float32) for number in range(20_000)}
+    content = encode_request(Request(kind="train", study=STUDY, round=1, arrays=MODEL))
+    record = content["request"]
+    assert isinstance(record, ConfigRecord)
+    record["names"], record["dtypes"], record["shapes"] = list(nothing), ["float32"] * 20_000, ["0"] * 20_000
+    record["digest"] = digest(nothing)
+    content["arrays"] = ArrayRecord({"state": Array("uint8", (0,), "fedneuro.state", b"")})
+    assert refused_message(hospital, content) is Reason.CONTRACT_VIOLATION
+    lives(hospital)
+
+
 def test_gzip_and_zip_bombs(hospital: Hospital) -> None:
     """Nothing is ever unpacked: compressed bytes are bytes of the wrong number."""
     zeros = bytes(20_000_000)
@@ -429,6 +456,21 @@ def test_gzip_and_zip_bombs(hospital: Hospital) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6
+    lives(hospital)
+
+
+def test_a_frame_whose_arrays_are_each_other(hospital: Hospital) -> None:
+    """A message of one record, where every second array goes back to where the one before it began."""
+    size = 1_000_000
+    layout = [[f"{i}{sign}", "uint8", [1], "x", sign * (size - 1)] for i in range(100) for sign in (1, -1)]
+    head = json.dumps({"records": {"arrays": {"arrays": layout}}}).encode()
+    frame = struct.pack("<IQ", len(head), size) + head + bytes(size)
+    content = RecordDict({"frame": ConfigRecord({"frame": frame})})
+    tracemalloc.start()
+    assert refused_message(hospital, content) is Reason.CONTRACT_VIOLATION
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
     lives(hospital)
 
 

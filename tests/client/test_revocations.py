@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A coordinator with a certificate of a stolen issuing key, which the root has taken back: over real TLS."""
+"""A coordinator with a certificate of a stolen issuing key, which the root has taken back: over real TLS and gRPC."""
 
 import http.server
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from fedneuro.client import enrolment
 from fedneuro.client.mutual_tls import client_context
-from fedneuro.client.revocations import Revocations
-from fedneuro.privacy.errors import BadInput
+from fedneuro.client.revocations import Revocations, seen_certificate
+from fedneuro.privacy.contract import Role
+from fedneuro.privacy.enrolment import RENEW, SERVICE, Credentials, encode
+from fedneuro.privacy.errors import BadInput, EnvironmentProblem
 from fedneuro.privacy.identity import new_key, pkcs8, write_private
 from fedneuro.server.authority import Authority
 
@@ -97,3 +102,59 @@ def test_a_list_of_another_authority_is_not_used(world: World) -> None:
     forged.write_text("nothing")
     with pytest.raises(BadInput, match=r"ask the coordinator for its ca/root\.crl"):
         Revocations(forged, world.folder / "ca.crt")
+
+
+# -- enrolment and renewal, over gRPC ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def renewals(world: World) -> Iterator[dict[str, int]]:
+    """The renewal service of either coordinator, which asks for the hospital's certificate; ports."""
+    root = (world.folder / "ca.crt").read_text()
+    answer = encode(
+        Credentials(
+            consortium="glioma-net", site="north", role=Role.TRAIN, chain=(world.folder / "site.crt").read_text(),
+            authority=root, study_key="0" * 64, bundle="0" * 64, superlink="localhost:1", renewal="localhost:1",
+        )
+    )  # fmt: skip
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(lambda _, __: answer)
+    servers, ports = [], {}
+    for name in world.issuing:
+        pair = (world.folder / f"{name}.key").read_bytes(), (world.folder / f"{name}.crt").read_bytes()
+        server = grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {RENEW: handler}),))
+        asks = grpc.ssl_server_credentials([pair], root.encode(), require_client_auth=True)
+        ports[name] = server.add_secure_port("localhost:0", asks)
+        server.start()
+        servers.append(server)
+    yield ports
+    for server in servers:
+        server.stop(None).wait()
+
+
+def renew(world: World, port: int, revoked: Path | None) -> str:
+    folder = world.folder
+    pair = (folder / "site.key").read_bytes(), (folder / "site.crt").read_bytes()
+    return enrolment._call(f"localhost:{port}", RENEW, b"{}", world.root.certificate, pair, revoked).site
+
+
+def test_neither_is_a_certificate_renewed_there(world: World, renewals: dict[str, int]) -> None:
+    assert renew(world, renewals["stolen"], None) == "north", "without the list nothing tells it from the coordinator"
+    listed = world.list_of("stolen")
+    with pytest.raises(EnvironmentProblem, match=r"the root took CN=glioma-net stolen back.*telephone"):
+        renew(world, renewals["stolen"], listed)
+    assert renew(world, renewals["new"], listed) == "north"
+    with pytest.raises(EnvironmentProblem, match="cannot be reached"):
+        renew(world, 1, listed)
+
+
+def test_who_stands_between_cannot_show_one_certificate_and_use_another(
+    world: World, renewals: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handshake that is looked at goes to the coordinator, the call to who holds the stolen key."""
+    listed = world.list_of("stolen")
+    aside = f"localhost:{renewals['new']}"
+    monkeypatch.setattr(enrolment, "seen_certificate", lambda _, root, revoked: seen_certificate(aside, root, revoked))
+    with pytest.raises(EnvironmentProblem):
+        renew(world, renewals["stolen"], listed)
+    assert renew(world, renewals["new"], listed) == "north"

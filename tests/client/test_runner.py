@@ -10,43 +10,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-)
-from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
-from flwr.supernode.main import create_app
-from flwr.supernode.nodestate import NodeStateFactory
 
 from fedneuro.client import supernode
+from fedneuro.client.lost_tasks import RunnerWatch
 from fedneuro.client.node_settings import NodeSettings, load_node_settings
 from fedneuro.client.runner import Runner
 from fedneuro.client.site import Site
 from fedneuro.privacy.contract import HelloReply, Refusal, Reply, Request, Role
 from fedneuro.privacy.errors import BadInput, Reason
-from fedneuro.privacy.flower_tasks import Doorbell, quicken_transfers, ring
+from fedneuro.privacy.flower_tasks import Doorbell, RunnerLine, quicken_transfers
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_reply, encode_request
 from fedneuro.privacy.wire_bytes import squeeze, unsqueeze
 from fedneuro.server.bundle import bundle, bundle_hash
+from tests.client.flower_node import BUNDLE, SuperNode
 
 STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
-BUNDLE = bundle()
 HELLO = Request(kind="hello", study=STUDY)
 
 
@@ -61,61 +50,6 @@ class Ward(Site):
     def handle(self, request: Request) -> Reply:
         self.asked.append(request)
         return self.work(request)
-
-
-class SuperNode:
-    """A real SuperNode without its SuperLink: messages are put in and taken out here."""
-
-    def __init__(self, port: int, secret: bytes) -> None:
-        self.factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
-        config = uvicorn.Config(create_app(self.factory, secret), host="127.0.0.1", port=port, log_level="error")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.state, self.store = self.factory.state(), self.factory.objectstore_factory.store()
-        self.state.set_node_id(7)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-    def receive(
-        self, content: RecordDict, kind: str, fab: bytes = BUNDLE, pull: Callable[[str], bytes] | None = None
-    ) -> int | None:
-        """Take a message in as the SuperNode's main loop does; the run that it belongs to."""
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, 1
-        message = Message(content, 7, kind, group_id="0")
-        message.metadata.__dict__["_message_id"] = message.object_id
-        objects = {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
-        run = replace(Run.create_empty(5), fab_id="fedneuro/fedneuro", fab_hash=bundle_hash(fab), series_id=3)
-        taken: int | None = vars(start_client_internal)["_pull_and_store_message"](
-            state=self.state,
-            object_store=self.store,
-            node_config={},
-            receive=lambda: (message, get_object_tree(message)),
-            get_run=lambda _: run,
-            get_fab=lambda digest, _: Fab(digest, fab, {}),
-            pull_object=lambda _, key: (pull or objects.__getitem__)(key),
-            confirm_message_received=lambda _, __: None,
-            trusted_entities=None,
-        )
-        return taken
-
-    def reply(self) -> Message | None:
-        """The reply that the main loop would send on, with its content."""
-        replies = self.state.get_messages_legacy(is_reply=True)
-        if not replies:
-            return None
-        tree = self.store.get_object_tree(replies[0].metadata.message_id)
-        keys = [node.object_id for node in iterate_object_tree(tree)]
-        contents = {key: value for key in keys if (value := self.store.get(key))}
-        if len(contents) < len(set(keys)):
-            return None
-        full = inflatable_utils.inflate_object_from_contents(tree.object_id, contents)
-        assert isinstance(full, Message)
-        return full
 
 
 @pytest.fixture
@@ -145,8 +79,6 @@ def node(settings: NodeSettings) -> Iterator[SuperNode]:
     node = SuperNode(settings.runner.port, Path(settings.runner.secret).read_bytes())
     yield node
     node.stop()
-    for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, None)
 
 
 def answered(node: SuperNode, settings: NodeSettings, work: Callable[[Request], Reply]) -> tuple[Message, Ward]:
@@ -234,14 +166,27 @@ def test_a_task_rings_the_runners_bell(tmp_path: Path, monkeypatch: pytest.Monke
     assert bell.there and not second.there  # two runners of one node: the second looks instead of waiting
     found: list[int | None] = [None, 5]
     monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda **_: found.pop(0))
-    supernode.announce_tasks(secret)
+    supernode.announce_tasks(RunnerWatch(secret))
     pull: Any = vars(start_client_internal)["_pull_and_store_message"]
     assert pull() is None and not bell.wait(0.05)
     assert pull() == 5 and bell.wait(1.0)
     assert not bell.wait(0.05)
     bell.close()
     second.close()
-    ring(secret)  # nobody waits: nothing happens
+    assert RunnerLine(secret).ring()  # nobody waits: nothing happens
+
+
+def test_no_look_right_after_a_reply_unless_messages_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int | None] = [None, 5, None, 5, 5, 5, None]
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", lambda **_: found.pop(0))
+    supernode.rest_after_a_reply()
+    pull: Any = vars(start_client_internal)["_pull_and_store_message"]
+    looks = []
+    while found:
+        before = len(found)
+        looks.append((pull(), before != len(found)))
+    none, rest = (None, True), (None, False)
+    assert looks == [none, (5, True), rest, none, (5, True), rest, (5, True), (5, True), none]
 
 
 def test_a_message_whose_run_ends_on_the_way_is_put_aside(

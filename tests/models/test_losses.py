@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from fedneuro.models.losses import LOSSES, SMOOTH, build_loss
-from fedneuro.models.spec import TaskSection
+from fedneuro.models.spec import SUITED_LOSSES, TaskSection
 
 SEGMENTATION = TaskSection(labels=("oedema", "core"))
 CLASSIFICATION = TaskSection(kind="classification", labels=("a", "b", "c"), target="kind")
-CASES = [(name, SEGMENTATION) for name in LOSSES] + [(n, CLASSIFICATION) for n in ("cross_entropy", "focal")]
+REGRESSION = TaskSection(kind="regression", target="age")
+SURVIVAL = TaskSection(kind="survival", target="months", event="died", time_cuts=(6.0, 12.0, 24.0))
+TASKS = (SEGMENTATION, CLASSIFICATION, REGRESSION, SURVIVAL)
+CASES = [(name, task) for task in TASKS for name in SUITED_LOSSES[task.kind]]
 
 
 def batch(task: TaskSection) -> tuple[Tensor, Tensor]:
@@ -86,8 +89,35 @@ def test_dice_ce_is_the_sum_and_equals_monai() -> None:
     torch.testing.assert_close(parts[2], oracle(logits, labels[:, None]))
 
 
+def test_losses_of_a_number_equal_their_formulas() -> None:
+    """Errors 0.5 and -3: squares 0.25 and 9; Huber 0.5²/2 = 0.125 and 3 - 1/2 = 2.5."""
+    outputs, targets = torch.tensor([[1.5], [-1.0]]), torch.tensor([1.0, 2.0])
+    found = [build_loss(name, REGRESSION)(outputs, targets).item() for name in ("mse", "l1", "huber")]
+    assert found == pytest.approx([(0.25 + 9) / 2, (0.5 + 3) / 2, (0.125 + 2.5) / 2])
+
+
+def test_the_hazard_loss_is_the_likelihood_of_each_patient() -> None:
+    """Hazards 1/4, 1/2, 3/4 (odds 1/3, 1, 3) in three intervals; five patients.
+
+    Event in the 1st: 1/4. Event in the 3rd: 3/4 · 1/2 · 3/4. Seen for one interval, for none, for all three: 3/4, 1,
+    and 3/4 · 1/2 · 1/4.
+    """
+    logits = torch.tensor([[1 / 3, 1.0, 3.0]]).log()
+    likelihoods = {1: 1 / 4, 5: 9 / 32, 2: 3 / 4, 0: 1.0, 6: 3 / 32}
+    for code, likelihood in likelihoods.items():
+        found = build_loss("hazard", SURVIVAL)(logits, torch.tensor([code]))
+        assert found.neg().exp().item() == pytest.approx(likelihood)
+
+
+def test_every_loss_suits_a_task_and_no_other_is_named() -> None:
+    assert {name for names in SUITED_LOSSES.values() for name in names} == set(LOSSES)
+
+
 def test_unsuited_losses_are_refused() -> None:
-    with pytest.raises(ValueError, match="is for segmentation"):
+    for name, task in (("mse", SURVIVAL), ("hazard", REGRESSION), ("l1", SEGMENTATION)):
+        with pytest.raises(ValueError, match=f"not for {task.kind}"):
+            build_loss(name, task)
+    with pytest.raises(ValueError, match="not for classification"):
         build_loss("dice", CLASSIFICATION)
     with pytest.raises(ValueError, match="choose one of dice_ce, dice"):
         build_loss("tversky", SEGMENTATION)

@@ -21,14 +21,17 @@ from fedneuro.models.metrics import (
     LesionRule,
     auprc,
     auroc,
+    bootstrap,
     brier,
     c_index,
+    c_index_interval,
     dice,
     ece,
     find_lesions,
     hausdorff95,
     lesion_scores,
     mean_absolute_error,
+    root_mean_squared_error,
     sensitivity,
     specificity,
     surface_dice,
@@ -320,6 +323,8 @@ def test_calibration_equals_scikit_learn_and_torchmetrics() -> None:
 def test_outcomes_equal_all_pairs_and_scipy() -> None:
     from scipy.stats import somersd
 
+    oracle = pytest.importorskip("sklearn.metrics")
+
     for number in range(CASES):
         rng = np.random.default_rng(number)
         n = int(rng.integers(5, 40))
@@ -335,6 +340,20 @@ def test_outcomes_equal_all_pairs_and_scipy() -> None:
         if event.all():  # without censoring it is Somers' D of the risks, given the times
             assert c_index(risk, time, event) == pytest.approx((1 - somersd(time, risk).statistic) / 2, abs=TOLERANCE)
         assert mean_absolute_error(risk, time) == pytest.approx(np.abs(risk - time).mean(), abs=TOLERANCE)
+        theirs = oracle.root_mean_squared_error(time, risk)
+        assert root_mean_squared_error(risk, time) == pytest.approx(theirs, abs=TOLERANCE)
+
+
+def test_the_interval_of_the_concordance_index_is_that_of_drawn_patients() -> None:
+    """Equal to drawing patients one resample after the other, as all other metrics do."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        time, event = rng.integers(1, 15, 30).astype(float), rng.random(30) < 0.5
+        risk = np.round(rng.normal(-time / 8, 1), 1)
+        slow = bootstrap(lambda rows: c_index(risk[rows], time[rows], event[rows]), 30, resamples=200, seed=seed)  # noqa: B023
+        assert c_index_interval(risk, time, event, resamples=200, seed=seed) == pytest.approx(slow)
+    nobody = np.zeros(3, bool)
+    assert c_index_interval(np.arange(3.0), np.arange(3.0), nobody, resamples=100, seed=0) is None
 
 
 def test_a_wrong_definition_would_be_noticed() -> None:

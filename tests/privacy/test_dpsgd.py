@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedneuro.models.losses import LOSSES, build_loss
 from fedneuro.models.networks import build_network
-from fedneuro.models.spec import ModelSection, TaskSection
+from fedneuro.models.spec import SUITED_LOSSES, ModelSection, TaskSection
 from fedneuro.privacy.dpsgd import (
     Loss,
     PatientGradient,
@@ -36,19 +36,24 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "resnet-3d": ({"name": "resnet", "dims": 3, "channels": (4, 4, 8, 8), "norm": "group"}, (2, 1, 32, 32, 32)),
     "resnet-2d-instance": ({"name": "resnet", "dims": 2, "channels": (4, 4, 8, 8)}, (2, 1, 64, 64)),
 }
+TASKS = {
+    "segmentation": TaskSection(),
+    "classification": TaskSection(kind="classification", labels=("a", "b"), target="t"),
+    "regression": TaskSection(kind="regression", target="t"),
+    "survival": TaskSection(kind="survival", target="t", event="e", time_cuts=(1.0, 2.0)),
+}
 CASES = [
     (network, loss)
     for network in NETWORKS
     for loss in LOSSES
-    if network.startswith("unet") or not loss.startswith("dice")
+    if network.startswith("unet") == (loss in SUITED_LOSSES["segmentation"]) or loss in SUITED_LOSSES["classification"]
 ]
 
 
 def make(case: str, loss: str = "cross_entropy") -> tuple[nn.Module, Loss, tuple[int, ...]]:
     values, shape = NETWORKS[case]
-    task = (
-        TaskSection() if case.startswith("unet") else TaskSection(kind="classification", labels=("a", "b"), target="t")
-    )
+    kinds = ["segmentation"] if case.startswith("unet") else list(TASKS)[1:]
+    task = next(TASKS[kind] for kind in kinds if loss in SUITED_LOSSES[kind])
     return build_network(ModelSection(**values), in_channels=1, out_channels=2, seed=0), build_loss(loss, task), shape
 
 

@@ -88,13 +88,40 @@ class Chromium:
         return time.monotonic() - began
 
     def value(self, expression: str) -> Any:
-        """A JavaScript value."""
-        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
-        return found["result"].get("value")
+        """A JavaScript value; None while one page takes another's place."""
+        found = self._call("Runtime.evaluate", moves=True, expression=expression, returnByValue=True)
+        return found.get("result", {}).get("value")
+
+    def click(self, selector: str) -> None:
+        """Press and release the mouse where a person would: in the middle of what is seen of an element."""
+        middle = f"""(() => {{
+            if (document.readyState !== "complete") return null;  // without its styles it lies elsewhere
+            const element = document.querySelector({json.dumps(selector)});
+            element?.scrollIntoView({{block: "center", behavior: "instant"}});
+            const box = element?.getBoundingClientRect();
+            if (!box || !box.width) return null;
+            const at = [box.x + box.width / 2, box.y + box.height / 2], top = document.elementFromPoint(...at);
+            return element.contains(top) || top?.contains(element) ? at : null;
+        }})()"""
+        self.wait(f"{middle} !== null")
+        x, y = self.value(middle)
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", moves=True, type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector: str, text: str) -> None:
+        """Click into a field and write ``text``, in place of what is there."""
+        self.click(selector)
+        self.value("document.activeElement.select()")
+        self._call("Input.insertText", text=text)
+
+    def save_downloads(self, folder: Path) -> None:
+        """Where files go that a page lets a person save."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """One key of the keyboard, by its name and its virtual-key code."""
-        values = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        values: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self._call("Input.dispatchKeyEvent", type="keyDown", text=text, **values)
         self._call("Input.dispatchKeyEvent", type="keyUp", **values)
 
@@ -108,19 +135,25 @@ class Chromium:
         self._call("Emulation.setEmulatedMedia", features=[scheme])
 
     def shoot(self, path: Path) -> None:
-        """Save what the screen shows as PNG."""
-        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+        """Save the whole page as PNG, as wide as the screen."""
+        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 6000), "scale": 1}
+        taken = self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(taken["data"]))
 
-    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def _call(self, method: str, *, moves: bool = False, **parameters: Any) -> dict[str, Any]:
+        """One command; ``moves``: the page may change under it, and then its answer is empty."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
+        if self._session and not method.startswith("Browser."):
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
             if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                assert moves or "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    return {}
                 result: dict[str, Any] = answer["result"]
                 return result
             self._note(answer)

@@ -90,8 +90,10 @@ def test_only_pairs_that_hold_are_bound_and_all_others_are_on_the_list(
     stays, goes = (enrolled(consortium, passphrase, name) for name in ("stays", "goes"))
     consortium.registry.revoke("goes")
     publish(consortium, consortium.unlock(passphrase))
+    moved, again = (enrolled(consortium, passphrase, "moves") for _ in range(2))  # its first certificate ended
     text = bindings(consortium)
     assert serial_text(stays) in text and serial_text(goes) not in text
+    assert serial_text(again) in text and serial_text(moved) not in text
     issuing = next(consortium.issuing())[1]
     content = (consortium.folder / "guard" / "revoked.pem").read_bytes()
     lists = [
@@ -226,8 +228,9 @@ def test_a_token_is_good_for_one_of_two_who_use_it_at_once(tmp_path: Path) -> No
     [
         ("nonsense", BadInput, "is not a database URL; write sqlite:///"),
         ("mysql://u@h/d", BadInput, "'mysql' is not supported"),
+        ("sqlite://", BadInput, "names no file, and would forget all sites"),
         ("postgresql://u:secret@127.0.0.1/d", EnvironmentProblem, "needs the driver psycopg"),
-        ("sqlite:////nowhere/at/all/state.db", EnvironmentProblem, "cannot be opened"),
+        ("sqlite:////nowhere/at/all/state.db", EnvironmentProblem, "cannot be opened.*correct the URL"),
     ],
 )
 def test_a_wrong_database_is_one_line_without_its_password(url: str, kind: type[FedNeuroError], says: str) -> None:
@@ -361,8 +364,17 @@ def test_start_refuses_what_is_not_safe(
     issuer = made.unlock(passphrase)
     with Claim(made.settings.ports.renewal), pytest.raises(EnvironmentProblem, match="is in use"):
         serve(made, issuer, lambda _: None)
+    for name, remedy in (
+        ("tls/server.key", "rotate makes a new one"),
+        ("study.json", "make a new consortium"),
+        ("ca/issuing-1.json", "rotate --root-key FILE --take-back, and invite"),
+    ):
+        (made.folder / name).rename(tmp_path / "away")
+        with pytest.raises(EnvironmentProblem, match=rf"{name}: is not there; bring it back.*{remedy}"):
+            made.check_secure()
+        (tmp_path / "away").rename(made.folder / name)
     (made.folder / "ca" / "issuing-1.json").unlink()
-    with pytest.raises(EnvironmentProblem, match=r"issuing-1.json: the issuing key is not there"):
+    with pytest.raises(EnvironmentProblem, match=r"issuing-1.json: the issuing key is not there.*--take-back"):
         made.unlock(passphrase)
     made.folder.chmod(0o755)
     with pytest.raises(Refused, match="run chmod 700"):

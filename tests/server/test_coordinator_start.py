@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -21,21 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeAlias
 
 import grpc
 import httpx
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, load_ssh_private_key
 
 from fedneuro.client.enrolment import Enrolled, enrol, renew
-from fedneuro.client.mutual_tls import client_context
 from fedneuro.client.node_settings import load_node_settings
 from fedneuro.privacy.contract import Role
-from fedneuro.privacy.enrolment import ENROL, SERVICE, Credentials, EnrolRequest, Invitation, encode, token_hash
+from fedneuro.privacy.enrolment import SERVICE, EnrolRequest, Invitation, encode, token_hash
 from fedneuro.privacy.errors import BadInput, EnvironmentProblem, Refused
 from fedneuro.privacy.identity import new_key, pkcs8, public_pem, write_private
 from fedneuro.server.authority import Authority
@@ -50,11 +46,23 @@ from fedneuro.server.limits import Doorkeeper
 from fedneuro.server.roster import identities
 from fedneuro.server.sealed_keys import Passphrase
 from tests.server.conftest import PASSPHRASE, free_ports
+from tests.server.doors import (
+    Method,
+    activate,
+    channel,
+    csr,
+    guard_of,
+    half_a_request,
+    post,
+    raw_enrol,
+    roots,
+    shown_by,
+    signed,
+)  # fmt: skip
 
 pytestmark = pytest.mark.deployment
 
 HOUR = timedelta(hours=1)
-Method: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Coordinator:
 
     @property
     def guard(self) -> str:
-        return f"https://localhost:{self.consortium.settings.ports.guard}"
+        return guard_of(self.consortium)
 
     def invited(self, site: str, role: Role = Role.TRAIN) -> Invitation:
         return invite(self.consortium, site, role, HOUR)[0]
@@ -97,7 +105,7 @@ def coordinator(
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "consortium test is up" in line, (consortium.folder / "start.log").read_text()
-        slow = _half_a_request(consortium)
+        slow = half_a_request(consortium)
         control = Control(f"127.0.0.1:{consortium.settings.ports.superlink}", consortium.folder / "ca" / "root.crt")
         yield Coordinator(consortium, process, control, slow, time.monotonic())
         control.close()
@@ -149,7 +157,7 @@ def test_from_invitation_to_a_node_at_work_and_out_again(coordinator: Coordinato
     known = coordinator.consortium.registry.site("north")
     assert known is not None and known.state == "revoked"
     _wait("north unregistered", lambda: "north" not in coordinator.control.registered())
-    assert _post(coordinator, north, "pull-messages") in (400, 403)
+    assert post(coordinator.consortium, north, "pull-messages") in (400, 403)
     with pytest.raises(Refused, match="does not hold"):
         renew(north / "node.toml")
 
@@ -159,11 +167,11 @@ def test_a_signature_helps_nobody_but_its_maker(coordinator: Coordinator, tmp_pa
     east, west = tmp_path / "east", tmp_path / "west"
     for folder in (east, west):
         coordinator.enrolled(folder.name, folder)
-    headers = _signed(east)
-    assert _post(coordinator, east, "activate-node", headers) == 200
-    assert _post(coordinator, west, "activate-node", headers, body=_activate(east)) == 403
-    both = [*_signed(west).items(), *headers.items()]
-    assert _post(coordinator, west, "activate-node", both, body=_activate(east)) != 200
+    headers = signed(east)
+    assert post(coordinator.consortium, east, "activate-node", headers) == 200
+    assert post(coordinator.consortium, west, "activate-node", headers, body=activate(east)) == 403
+    both = [*signed(west).items(), *headers.items()]
+    assert post(coordinator.consortium, west, "activate-node", both, body=activate(east)) != 200
 
 
 def test_renewal_keeps_the_node_and_takes_the_certificate_at_once(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -172,7 +180,7 @@ def test_renewal_keeps_the_node_and_takes_the_certificate_at_once(coordinator: C
     renew(tmp_path / "node.toml")
     assert (tmp_path / "node.key").read_bytes() == before["node.key"]
     assert (tmp_path / "site.key").read_bytes() != before["site.key"]
-    assert _post(coordinator, tmp_path, "activate-node") == 200
+    assert post(coordinator.consortium, tmp_path, "activate-node") == 200
     (tmp_path / "site.key").chmod(0o644)
     with pytest.raises(BadInput, match="can be read by others; run chmod 600"):
         renew(tmp_path / "node.toml")
@@ -183,8 +191,8 @@ def test_a_new_invitation_ends_the_old_node(coordinator: Coordinator, tmp_path: 
     with pytest.raises(BadInput, match="is there already"):
         coordinator.enrolled("moved", tmp_path / "old")
     coordinator.enrolled("moved", tmp_path / "new")
-    assert _post(coordinator, tmp_path / "old", "activate-node") in (400, 403)
-    assert _post(coordinator, tmp_path / "new", "activate-node") == 200
+    assert post(coordinator.consortium, tmp_path / "old", "activate-node") in (400, 403)
+    assert post(coordinator.consortium, tmp_path / "new", "activate-node") == 200
 
 
 # -- the guard ---------------------------------------------------------------------------------------------
@@ -200,7 +208,10 @@ def test_without_a_certificate_of_ours_there_is_no_way_in(coordinator: Coordinat
         "expired": issuing.site(key.public_key(), "east", lifetime=timedelta(seconds=-5)),
         "unknown": issuing.site(key.public_key(), "east"),
     }
-    assert httpx.post(f"{coordinator.guard}/v1/fleet/activate-node", verify=_roots(coordinator)).status_code == 400
+    assert (
+        httpx.post(f"{coordinator.guard}/v1/fleet/activate-node", verify=roots(coordinator.consortium)).status_code
+        == 400
+    )
     for name, certificate in shown.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -209,13 +220,13 @@ def test_without_a_certificate_of_ours_there_is_no_way_in(coordinator: Coordinat
         write_private(folder / "site.key", pkcs8(key))
         (folder / "ca.crt").write_bytes((coordinator.consortium.folder / "ca" / "root.crt").read_bytes())
         expected = 403 if name == "unknown" else 400
-        assert _post(coordinator, folder, "activate-node", {}, body=b"") == expected, name
+        assert post(coordinator.consortium, folder, "activate-node", {}, body=b"") == expected, name
 
 
 def test_a_hospital_reaches_the_fleet_paths_and_nothing_else(coordinator: Coordinator, tmp_path: Path) -> None:
     coordinator.enrolled("curious", tmp_path)
-    headers = _signed(tmp_path)
-    with httpx.Client(base_url=coordinator.guard, verify=_shown(tmp_path), headers=headers) as client:
+    headers = signed(tmp_path)
+    with httpx.Client(base_url=coordinator.guard, verify=shown_by(tmp_path), headers=headers) as client:
         from flwr.superlink.main import create_app
 
         paths = set(create_app().openapi()["paths"])  # all that Flower serves on this port
@@ -236,26 +247,18 @@ def test_the_superlink_itself_gives_no_task_away(coordinator: Coordinator) -> No
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
     headers = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE}
-    answer = httpx.post(f"{address}/v1/runtime/acquire-task", verify=_roots(coordinator), headers=headers, content=b"")
+    answer = httpx.post(
+        f"{address}/v1/runtime/acquire-task", verify=roots(coordinator.consortium), headers=headers, content=b""
+    )
     assert answer.status_code == 401, answer.text
 
 
 # -- enrolment ---------------------------------------------------------------------------------------------
 
 
-def _csr(site: str, key: object = None, *, alternative: str = "") -> str:
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, site)])
-    builder = x509.CertificateSigningRequestBuilder().subject_name(name)
-    if alternative:
-        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(alternative)]), critical=False)
-    signer = key or new_key()
-    assert isinstance(signer, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
-    return builder.sign(signer, hashes.SHA384()).public_bytes(Encoding.PEM).decode()
-
-
 def _tampered(site: str) -> str:
     """A request whose signature is of another key."""
-    lines = _csr(site).splitlines()
+    lines = csr(site).splitlines()
     der = bytearray(base64.b64decode("".join(lines[1:-1])))
     der[-1] ^= 1
     return "\n".join([lines[0], base64.b64encode(der).decode(), lines[-1], ""])
@@ -263,18 +266,18 @@ def _tampered(site: str) -> str:
 
 FORGERIES: dict[str, tuple[dict[str, Callable[[], str]], grpc.StatusCode]] = {
     "forged token": ({"token": lambda: "A" * 43}, grpc.StatusCode.PERMISSION_DENIED),
-    "another site": ({"site": lambda: "nobody", "request": lambda: _csr("nobody")}, grpc.StatusCode.PERMISSION_DENIED),
-    "another name in the request": ({"request": lambda: _csr("north")}, grpc.StatusCode.INVALID_ARGUMENT),
+    "another site": ({"site": lambda: "nobody", "request": lambda: csr("nobody")}, grpc.StatusCode.PERMISSION_DENIED),
+    "another name in the request": ({"request": lambda: csr("north")}, grpc.StatusCode.INVALID_ARGUMENT),
     "alternative names": (
-        {"request": lambda: _csr("patient", alternative="coordinator.example.org")},
+        {"request": lambda: csr("patient", alternative="coordinator.example.org")},
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
     "a weak key": (
-        {"request": lambda: _csr("patient", rsa.generate_private_key(65537, 2048))},
+        {"request": lambda: csr("patient", rsa.generate_private_key(65537, 2048))},
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
     "another curve": (
-        {"request": lambda: _csr("patient", ec.generate_private_key(ec.SECP256R1()))},
+        {"request": lambda: csr("patient", ec.generate_private_key(ec.SECP256R1()))},
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
     "a broken signature": ({"request": lambda: _tampered("patient")}, grpc.StatusCode.INVALID_ARGUMENT),
@@ -288,35 +291,35 @@ FORGERIES: dict[str, tuple[dict[str, Callable[[], str]], grpc.StatusCode]] = {
 def test_what_enrolment_refuses_changes_nothing(coordinator: Coordinator, passphrase: Passphrase) -> None:
     invitation = coordinator.invited("patient")
     good = EnrolRequest(
-        token=invitation.token, site="patient", request=_csr("patient"), node_key=public_pem(new_key()).decode()
+        token=invitation.token, site="patient", request=csr("patient"), node_key=public_pem(new_key()).decode()
     )
     before = coordinator.consortium.registry.sites(), coordinator.control.registered()
     with second_service(coordinator, passphrase, Doorkeeper(calls=100, failures=100)) as consortium:
         for name, (changes, code) in FORGERIES.items():
             values = {**good.model_dump(), **{key: make() for key, make in changes.items()}}
-            answer = _raw(consortium, json.dumps(values).encode())
+            answer = raw_enrol(consortium, json.dumps(values).encode())
             assert answer is code, name
-        assert _raw(consortium, b"\xff not JSON") is grpc.StatusCode.INVALID_ARGUMENT
+        assert raw_enrol(consortium, b"\xff not JSON") is grpc.StatusCode.INVALID_ARGUMENT
         assert (coordinator.consortium.registry.sites(), coordinator.control.registered()) == before
         late = coordinator.invited("late")
         coordinator.consortium.registry.invite("late", Role.TRAIN, token_hash(late.token), int(time.time()) - 1)
-        expired = {**good.model_dump(), "site": "late", "request": _csr("late"), "token": late.token}
-        assert _raw(consortium, json.dumps(expired).encode()) is grpc.StatusCode.PERMISSION_DENIED
-        assert isinstance(_raw(consortium, encode(good)), bytes)  # the invitation still held
-        assert _raw(consortium, encode(good)) is grpc.StatusCode.PERMISSION_DENIED  # and now it is used up
+        expired = {**good.model_dump(), "site": "late", "request": csr("late"), "token": late.token}
+        assert raw_enrol(consortium, json.dumps(expired).encode()) is grpc.StatusCode.PERMISSION_DENIED
+        assert isinstance(raw_enrol(consortium, encode(good)), bytes)  # the invitation still held
+        assert raw_enrol(consortium, encode(good)) is grpc.StatusCode.PERMISSION_DENIED  # and now it is used up
 
 
 def test_without_a_superlink_the_invitation_holds(coordinator: Coordinator, passphrase: Passphrase) -> None:
     invitation = coordinator.invited("early")
     good = EnrolRequest(
-        token=invitation.token, site="early", request=_csr("early"), node_key=public_pem(new_key()).decode()
+        token=invitation.token, site="early", request=csr("early"), node_key=public_pem(new_key()).decode()
     )
     nobody = Control(f"127.0.0.1:{free_ports(1)[0]}", coordinator.consortium.folder / "ca" / "root.crt")
     with second_service(coordinator, passphrase, Doorkeeper(), nobody) as consortium:
-        assert _raw(consortium, encode(good)) is grpc.StatusCode.UNAVAILABLE
+        assert raw_enrol(consortium, encode(good)) is grpc.StatusCode.UNAVAILABLE
     nobody.close()
     with second_service(coordinator, passphrase, Doorkeeper()) as consortium:
-        assert isinstance(_raw(consortium, encode(good)), bytes)
+        assert isinstance(raw_enrol(consortium, encode(good)), bytes)
 
 
 def test_guessing_is_locked_out_also_for_the_right_token(coordinator: Coordinator, passphrase: Passphrase) -> None:
@@ -324,35 +327,35 @@ def test_guessing_is_locked_out_also_for_the_right_token(coordinator: Coordinato
     doorkeeper = Doorkeeper(failures=3, clock=lambda: clock[0])
     invitation = coordinator.invited("guessed")
     good = EnrolRequest(
-        token=invitation.token, site="guessed", request=_csr("guessed"), node_key=public_pem(new_key()).decode()
+        token=invitation.token, site="guessed", request=csr("guessed"), node_key=public_pem(new_key()).decode()
     )
     with second_service(coordinator, passphrase, doorkeeper) as consortium:
         for _ in range(3):
             forged = good.model_copy(update={"token": "B" * 43})
-            assert _raw(consortium, encode(forged)) is grpc.StatusCode.PERMISSION_DENIED
-        assert _raw(consortium, encode(good)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert raw_enrol(consortium, encode(forged)) is grpc.StatusCode.PERMISSION_DENIED
+        assert raw_enrol(consortium, encode(good)) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "locked-out" in {kind for _, _, kind, _, _ in coordinator.consortium.registry.events()}
         clock[0] = 901.0
-        assert isinstance(_raw(consortium, encode(good)), bytes)
+        assert isinstance(raw_enrol(consortium, encode(good)), bytes)
 
 
 def test_health_is_told_and_methods_are_not(coordinator: Coordinator) -> None:
     from grpc_health.v1 import health_pb2
 
-    with _channel(coordinator.consortium) as channel:
-        check: Method = channel.unary_unary("/grpc.health.v1.Health/Check")
+    with channel(coordinator.consortium) as line:
+        check: Method = line.unary_unary("/grpc.health.v1.Health/Check")
         content = check(health_pb2.HealthCheckRequest(service=SERVICE).SerializeToString(), timeout=10)
         answer = health_pb2.HealthCheckResponse.FromString(content)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        listing: Method = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        listing: Method = line.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         with pytest.raises(grpc.RpcError) as refused:
             listing(b"", timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_renewal_needs_a_client_certificate(coordinator: Coordinator) -> None:
-    with _channel(coordinator.consortium, port=coordinator.consortium.settings.ports.renewal) as channel:
-        method: Method = channel.unary_unary(f"/{SERVICE}/Renew")
+    with channel(coordinator.consortium, port=coordinator.consortium.settings.ports.renewal) as line:
+        method: Method = line.unary_unary(f"/{SERVICE}/Renew")
         with pytest.raises(grpc.RpcError) as refused:
             method(b"{}", timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # the handshake fails
@@ -455,91 +458,9 @@ def _no_private_key_at_the_coordinator(consortium: Consortium, folder: Path) -> 
     assert [path for path in files for needle in needles if needle in path.read_bytes()] == []
 
 
-def _signed(folder: Path) -> dict[str, str]:
-    from flwr.supercore.date import now
-    from flwr.supercore.primitives.asymmetric import sign_message
-
-    key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    stamp = now().isoformat()
-    return {
-        "flwr-public-key": base64.b64encode(public_pem(key)).decode(),
-        "flwr-timestamp": stamp,
-        "flwr-signature": base64.b64encode(sign_message(key, stamp.encode())).decode(),
-    }
-
-
-def _activate(folder: Path) -> bytes:
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
-
-    key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    content: bytes = ActivateNodeRequest(public_key=public_pem(key), heartbeat_interval=30.0).SerializeToString()
-    return content
-
-
-def _shown(folder: Path) -> ssl.SSLContext:
-    return client_context(str(folder / "ca.crt"), folder / "site.crt", folder / "site.key")
-
-
-def _roots(coordinator: Coordinator) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(coordinator.consortium.folder / "ca" / "root.crt"))
-
-
-def _post(
-    coordinator: Coordinator,
-    folder: Path,
-    method: str,
-    headers: dict[str, str] | list[tuple[str, str]] | None = None,
-    body: bytes | None = None,
-) -> int:
-    """Status of a request with the certificate in ``folder``; by default signed with its key too."""
-    from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-    from flwr.supercore.version import package_name, package_version
-
-    chosen = _signed(folder) if headers is None else headers
-    pairs = [*(chosen.items() if isinstance(chosen, dict) else chosen)]
-    pairs += [("content-type", PROTOBUF_MEDIA_TYPE), ("accept", PROTOBUF_MEDIA_TYPE)]
-    pairs += [("flwr-package-name", package_name), ("flwr-package-version", package_version)]
-    pairs += [("flwr-component-name", "SuperNode")]
-    content = _activate(folder) if body is None else body
-    url = f"{coordinator.guard}/v1/fleet/{method}"
-    return httpx.post(url, verify=_shown(folder), headers=pairs, content=content, timeout=20).status_code
-
-
-@contextmanager
-def _channel(consortium: Consortium, port: int = 0) -> Iterator[grpc.Channel]:
-    root = (consortium.folder / "ca" / "root.crt").read_bytes()
-    address = f"localhost:{port or consortium.settings.ports.enrolment}"
-    with grpc.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel:
-        yield channel
-
-
-def _raw(consortium: Consortium, content: bytes) -> bytes | grpc.StatusCode:
-    """What an ``Enrol`` call with these bytes gets: the reply, or the status."""
-    with _channel(consortium) as channel:
-        try:
-            method: Method = channel.unary_unary(f"/{SERVICE}/{ENROL}")
-            answer = method(content, timeout=20)
-        except grpc.RpcError as error:
-            code: grpc.StatusCode = error.code()
-            assert "Traceback" not in str(error.details()) and "/" not in str(error.details())
-            return code
-    assert Credentials.model_validate_json(answer)
-    return answer
-
-
-def _half_a_request(consortium: Consortium) -> socket.socket:
-    context = ssl.create_default_context(cafile=str(consortium.folder / "ca" / "root.crt"))
-    plain = socket.create_connection(("localhost", consortium.settings.ports.guard))
-    secure = context.wrap_socket(plain, server_hostname="localhost")
-    secure.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: loc")
-    return secure
-
-
 def _answers(coordinator: Coordinator) -> bool:
     try:
-        return httpx.get(coordinator.guard, verify=_roots(coordinator)).status_code == 400
+        return httpx.get(coordinator.guard, verify=roots(coordinator.consortium)).status_code == 400
     except httpx.TransportError:
         return False
 

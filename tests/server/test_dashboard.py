@@ -20,15 +20,19 @@ from typer.testing import CliRunner
 from fedneuro.privacy.contract import Role
 from fedneuro.privacy.errors import BadInput, EnvironmentProblem, Refused
 from fedneuro.server import cli
+from fedneuro.server.cli_consortium import _beside
 from fedneuro.server.consortium import Consortium
 from fedneuro.server.dashboard import security
 from fedneuro.server.dashboard.app import create_app
 from fedneuro.server.dashboard.home import Home
+from fedneuro.server.dashboard.jobs import Jobs
 from fedneuro.server.dashboard.security import PASSWORD_FILE, Door, Password
 from fedneuro.server.dashboard.serve import LOOPBACK, check_open, serve
 from fedneuro.server.events import Event
 from fedneuro.server.limits import Doorkeeper
 from fedneuro.server.run_folder import Plan, RunFolder
+from fedneuro.server.sealed_keys import Passphrase
+from fedneuro.server.supervisor import serve as supervise
 from tests.finished_run import finished_run
 from tests.server.chromium import Chromium, find_chromium
 from tests.server.conftest import free_ports
@@ -95,7 +99,8 @@ def browse() -> Iterator[Callable[..., TestClient]]:
     def browse(folder: Path, **options: Any) -> TestClient:
         opened.append(home := Home(folder))
         door = Door(Password(folder / PASSWORD_FILE), **options)
-        return TestClient(create_app(home, door, LOOPBACK), base_url="http://127.0.0.1", follow_redirects=False)
+        app = create_app(home, door, LOOPBACK, Jobs())
+        return TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
 
     yield browse
     for home in opened:
@@ -121,7 +126,10 @@ def test_a_consortium_at_a_glance(consortium: Consortium, browse: Callable[..., 
     enrolled(consortium, "HT", Role.HELDOUT, days=-1)
     consortium.registry.invite("new", Role.TRAIN, "h" * 64, int(time.time()) + 99)
     client = browse(consortium.folder)
-    text = page(client, "/").text
+    text, deadline = page(client, "/").text, time.monotonic() + 10
+    while "is not running" not in text:  # it is asked beside the page
+        assert time.monotonic() < deadline
+        text = page(client, "/").text
     assert "3 hospitals enrolled" in text and "1 invited, not enrolled yet" in text
     assert "The coordinator is not running" in text and text.count("not known") == 3
     assert "Certificates end soon or have ended: HT, DU" in text
@@ -386,6 +394,17 @@ def test_the_command(consortium: Consortium, tmp_path: Path, monkeypatch: pytest
     (port,) = free_ports(1)
     with Claim(port), pytest.raises(EnvironmentProblem, match=f"port {port} of 127.0.0.1 is in use"):
         serve(consortium.folder, port=port)
+
+
+def test_two_consortia_on_one_machine(consortium: Consortium, passphrase: Passphrase) -> None:
+    ports = consortium.settings.ports.guard, consortium.settings.dashboard.port
+    with (
+        Claim(ports[1]),
+        pytest.raises(EnvironmentProblem, match=rf"port {ports[1]} .* in use .*\[dashboard\] in "),
+    ):
+        supervise(consortium, consortium.unlock(passphrase), lambda _: None, dashboard=True)
+    assert _beside(8443, 8000) == 8450 and _beside(9443, 8000) == 9450  # a second one has a port of its own
+    assert _beside(7993, 8000) == 8001 and _beside(65533, 8000) == 65532
 
 
 # -- in a browser ------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study over real processes as a coordinator types it: launch, a ServerApp that is killed, resume, the same bits.
+"""A study over real processes as a coordinator types it: a ServerApp that is killed, a siege, and the same bits.
 
 ``fedneuro-server start`` behind its guard, two hospitals that enrolled, each with ``fedneuro-node start`` and a policy
 that trusts the coordinator's key. What goes wrong besides is in ``test_app.py``, ``test_run_view.py`` and
@@ -38,12 +38,15 @@ from fedneuro.server.invitations import invite
 from fedneuro.server.rounds import run_study
 from fedneuro.server.run_folder import find_run
 from fedneuro.server.run_view import RunView, view_run
+from fedneuro.server.sealed_keys import Passphrase
 from fedneuro.server.store import RunStore
 from fedneuro.simulations.benchmarks.rounds import write_tiny_site
 from fedneuro.simulations.engines.inprocess import InProcessTransport
 from fedneuro.simulations.sites import find_sites, site_settings
 from tests.bids import make_study
 from tests.server.conftest import PASSPHRASE, free_ports
+from tests.server.doors import post
+from tests.server.siege import Siege, attack
 
 pytestmark = pytest.mark.deployment
 
@@ -151,33 +154,84 @@ def wait_for(what: str, done: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 def undisturbed(study: Study, base: Path) -> str:
     """Digest of the model that the same study gives in one process."""
-    settings = site_settings(study, find_sites(base / "sites"), base / "simulated")
-    store = RunStore.create(base / "simulated", study, engine="inprocess")
+    out = base / f"simulated-{study.study.name}"
+    settings = site_settings(study, find_sites(base / "sites"), out)
+    store = RunStore.create(out, study, engine="inprocess")
     with closing(store), InProcessTransport(settings) as transport:
         run_study(study, transport, store, lambda _: None)
         return digest(store.groups(ROUNDS)["model"])
 
 
-def test_a_killed_serverapp_is_resumed_to_the_same_bits(deployment: Deployment) -> None:
+def test_a_killed_serverapp_goes_on_by_itself_to_the_same_bits(deployment: Deployment) -> None:
     study = study_of("killed")
     said = deployment.call("launch", deployment.write(study))
     assert said.count("joins") == 2 and "started, 2 of 2 sites, 8 rounds" in said
     runner = deployment.runner()
     wait_for("two rounds", lambda: len(deployment.view("killed-1").history) > 2)
     runner.kill()
-    wait_for("the loss is seen", lambda: deployment.view("killed-1").status == "interrupted", 5)
-    reached = deployment.view("killed-1").round
-    assert 2 <= reached < ROUNDS
-    said = deployment.call("watch", "killed-1", rc=5)
-    assert "its process ended without a word; fedneuro-server logs killed-1" in said
-    deployment.call("resume", "killed-1")
-    deployment.call("watch", "killed-1")
+    deployment.call("watch", "killed-1")  # it does not give up when the process dies
     view = deployment.view("killed-1")
     assert (view.status, view.selected_round, view.who) == ("complete", ROUNDS, "2 of 2 sites")
+    assert_undisturbed(deployment, study, view)
+    lines = deployment.call("logs", "killed-1").splitlines()
+    assert sum("started: north, south train" in line for line in lines) == 2
+    (taken_up,) = [line for line in lines if "the coordinator's process had died; the run goes on by itself" in line]
+    reached = int(taken_up.partition("round ")[2].partition(":")[0])
+    assert 1 <= reached < ROUNDS and f"rounds {reached + 1} to {ROUNDS}, goes on after round {reached}" in "".join(
+        lines
+    )
+    assert "resumed" in {kind for _, _, kind, _, _ in deployment.consortium.registry.events()}
+
+
+def test_a_study_goes_on_while_everybody_attacks(
+    deployment: Deployment, passphrase: Passphrase, tmp_path: Path
+) -> None:
+    """docs/threats.md, "The coordinator's doors": all that is refused there, during rounds that must not notice."""
+    consortium, study = deployment.consortium, study_of("besieged")
+    north = consortium.registry.site("north")
+    assert north is not None
+    victim = deployment.base / "nodes" / "north"
+    siege = Siege(consortium, consortium.unlock(passphrase), tmp_path, victim, north.node_id)
+    assert post(consortium, siege.mole, "activate-node") == 200, "it is a hospital as any other"
+    guard = siege.guard()
+    with siege:
+        deployment.call("launch", deployment.write(study), "--site", "north", "--site", "south")
+        assert attack(guard) == {}
+        assert deployment.view("besieged-1").is_live
+        assert attack(siege.enrolment()) == {}
+        deployment.call("revoke", "mole")
+        assert attack(siege.revoked()) == {}
+        guard = {name: attacked for name, attacked in guard.items() if not siege.needs_mole(name)}
+        while deployment.view("besieged-1").is_live:
+            assert attack(guard) == {}
+            time.sleep(0.2)
+    view = deployment.view("besieged-1")
+    assert view.status == "complete" and "attempt 2" not in deployment.call("logs", "besieged-1")
+    assert_undisturbed(deployment, study, view)
+    seen = (consortium.folder / "guard" / "access.log").read_text()
+    assert all(f'"{name}" {verified}' in seen for name, verified in (("-", "NONE 400"), ("CN=north", "FAILED")))
+    assert all(f'CN=mole" SUCCESS {code} POST' in seen for code in (401, 403, 413))
+    kinds = {kind for _, _, kind, _, _ in consortium.registry.events()}
+    assert {"locked-out", "revoked"} <= kinds
+    assert "refused 127.0.0.1: the invitation is unknown" in (deployment.base / "start.log").read_text()
+
+
+def test_what_hospitals_refuse_is_one_line_and_nothing_starts(deployment: Deployment) -> None:
+    """A study whose privacy no site permits, and a site that is off; the second comes last, for it stays off."""
+    private = study_of("private").model_dump(mode="json")
+    private["privacy"] |= {"mode": "local", "epsilon": 1.0, "delta": 1e-2, "sample_rate": 0.5}
+    said = deployment.call("launch", deployment.write(Study.parse(private)), rc=3)
+    assert said.count("study-not-approved") >= 2 and "run private-1: " in said.splitlines()[-1]
+    deployment.nodes["south"].send_signal(signal.SIGTERM)
+    deployment.nodes["south"].wait(30)
+    said = deployment.call("launch", deployment.write(study_of("lonely")), "--wait", "0", rc=4)
+    assert "not online: south" in said and "run lonely-1: " in said.splitlines()[-1] and "lost" in said
+    assert [deployment.view(run).round for run in ("private-1", "lonely-1")] == [0, 0]
+
+
+def assert_undisturbed(deployment: Deployment, study: Study, view: RunView) -> None:
+    """Every round once, everybody in it, and the model that the same study gives in one process."""
     with closing(RunStore.load(view.folder)) as store:
         assert [record.round for record in store.rounds()] == list(range(ROUNDS + 1))
         assert not any(record.refusals for record in store.rounds())
         assert digest(store.groups(ROUNDS)["model"]) == undisturbed(study, deployment.base)
-    lines = deployment.call("logs", "killed-1").splitlines()
-    assert sum("started: north, south train" in line for line in lines) == 2
-    assert f"rounds {reached} to {ROUNDS}, goes on after round" in "".join(lines)

@@ -92,6 +92,7 @@ def test_a_run_from_its_launch_to_its_end(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert view.history[1].loss == {"A": 1.0, "B": 1.0} and view.history[3].metrics["C"] == {"dice": 0.5}
     assert json.loads(json.dumps(view.as_json()))["sites"][1]["missing_since"] == 2
+    assert any(line.startswith("hospital ") for line in text_of(render(view)).splitlines()), "below the bar, not in it"
     assert "timeout, missing since round 2" in text_of(render(view)) and "complete" in text_of(runs_table([view]))
     assert follower.look() == view and follower.new == []  # only what is new is read
     assert [abs(event.at - time.time()) < 60 for _, event in read_events(folder)].count(False) == 0

@@ -63,6 +63,7 @@ def test_a_site_of_one_patient_counts_in_the_mean_and_does_not_vary() -> None:
     [
         ([[0.5]], 1, 0, "none"),
         ([[0.5], [0.7]], 2, 0, "none"),
+        ([[0.5, 0.7, 0.8, 0.9]], 4, 0, "none"),
         ([[0.5, None, math.nan]], 1, 2, "none"),
         ([[0.0, 0.0, 0.0]], 3, 0, "constant"),
         ([[1.0, 1.0], [0.5]], 3, 0, "constant"),

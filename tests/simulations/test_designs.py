@@ -28,7 +28,7 @@ from fedneuro.simulations.comparators import (
 from fedneuro.simulations.designs.design import Options, perform, prepare
 from fedneuro.simulations.designs.execute import execute
 from fedneuro.simulations.designs.links import link_data_set, read_index, union
-from fedneuro.simulations.designs.outcome import finish_design
+from fedneuro.simulations.designs.outcome import finish_design, finish_run
 from fedneuro.simulations.designs.plan import Plan, cv_folds, loso_folds
 from fedneuro.simulations.designs.space import Space
 from fedneuro.simulations.designs.tasks import RunTask, ScoreTask
@@ -222,12 +222,17 @@ def test_folds_of_patients_are_even_and_apart(sites: Path, tmp_path: Path) -> No
         assert scores[OURS, site] == count, "every patient once, by a model without it"
 
 
-def test_a_run_with_comparators_from_the_command_line(sites: Path, tmp_path: Path) -> None:
+def test_a_run_with_comparators_from_the_command_line(
+    sites: Path, tmp_path: Path, loso: tuple[Path, Plan, dict[str, Any]]
+) -> None:
+    _, plan, _ = loso
+    earlier = plan.federation(plan.folds[0]).folder / "model.safetensors"
     study = tiny(evaluation={"heldout": ["west"]}, training={"rounds": 1})
     (tmp_path / "study.toml").write_text(describe(study))
     out = tmp_path / "out"
     words = ["run", str(tmp_path / "study.toml"), "--sites", str(sites), "--out", str(out), "--workers", "1"]
-    found = CliRunner().invoke(app, [*words, "--compare", "local,pooled,fine-tuned"], catch_exceptions=False)
+    compare = f"local,pooled,fine-tuned,previous:{earlier}"
+    found = CliRunner().invoke(app, [*words, "--compare", compare], catch_exceptions=False)
     assert found.exit_code == 0, found.output
     results = json.loads((out / "results.json").read_text())
     scores = {(r["model"], r["site"]): r["n"] for r in results["evidence"]["scores"]}
@@ -235,6 +240,8 @@ def test_a_run_with_comparators_from_the_command_line(sites: Path, tmp_path: Pat
     validation = len(open_site(sites / "north", study).validation())
     assert scores[OURS, "north"] == scores["pooled", "north"] == scores["local: north", "north"] == validation
     assert scores["local: south", "north"] == SIZES["north"] and scores["fine-tuned", "north"] == validation
+    assert scores["previous", "west"] == SIZES["west"] and scores["previous", "north"] == SIZES["north"]
+    assert any("nothing is known of whom it was trained on" in note for note in results["evidence"]["notes"])
     row = next(r for r in results["evidence"]["comparisons"] if (r["model"], r["site"]) == ("local: south", "north"))
     assert row["ours"]["n"] == validation, "only patients that both were judged on"
     assert "Against other models" in (out / "report.html").read_text()
@@ -242,6 +249,53 @@ def test_a_run_with_comparators_from_the_command_line(sites: Path, tmp_path: Pat
     (out / "evidence.json").write_text('{"schema')
     again = CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False)
     assert again.exit_code == 0 and (out / "table.csv").read_text() == before
+
+
+def test_a_private_run_is_compared_with_the_same_without_a_promise(sites: Path, tmp_path: Path) -> None:
+    private = {"mode": "local", "epsilon": 8.0, "delta": 1e-2, "sample_rate": 0.5, "crops_per_patient": 1}
+    study = tiny(
+        privacy=private,
+        evaluation={
+            "heldout": ["west"], "bootstrap": 100, "metrics": ["dice"], "previews": 0, "worst": 0,
+            "validation_fraction": 0.4,
+        },
+        training={"rounds": 1, "local_steps": 1, "local_epochs": 0, "batch_size": 2},
+    )  # fmt: skip
+    plan = prepare("run", study, sites, tmp_path, Options(compare=parse_compare("no-privacy", study)))
+    plan.federation(plan.folds[0]).perform(cache=tmp_path / "cache", workers=1)
+    assert go(plan) == {}
+    results = finish_run(tmp_path)
+    rows = {row["site"]: row for row in results["evidence"]["comparisons"] if row["model"] == "no-privacy"}
+    assert {"north", "west", ALL} <= set(rows) and rows["west"]["difference"]["n"] == SIZES["west"]
+    assert results["evidence"]["steps"]["run-no-privacy"]["status"] == "complete"
+    page = (tmp_path / "report.html").read_text()
+    assert "federated without privacy" in page and "8.00" in page, "the price stands beside the score"
+
+
+def test_classes_are_compared_by_auroc_with_everyone_in_the_commonest(tmp_path: Path) -> None:
+    """Two of three patients are "normal", so that model is right on two thirds, and ranks nobody: AUROC 0.5."""
+    for index, name in enumerate(SIZES):
+        classes = ("glioma", "normal", "normal")
+        write_site(tmp_path / "sites" / name, patients=9, shape=(40, 40, 2), mask=None, classes=classes, seed=index)
+    study = tiny(
+        task={"kind": "classification", "labels": ["glioma", "normal"], "target": "kind"},
+        data={"patch": [40, 40]},
+        model={"name": "resnet", "channels": [4, 4, 8, 8], "norm": "group"},
+        training={"rounds": 1, "local_steps": 1, "local_epochs": 0, "loss": "cross_entropy"},
+        evaluation={"heldout": ["west"], "metrics": ["auroc", "accuracy"], "bootstrap": 100, "worst": 0, "previews": 0},
+    )
+    out = tmp_path / "out"
+    options = Options(compare=parse_compare("majority,untrained", study))
+    plan = prepare("run", study, tmp_path / "sites", out, options)
+    plan.federation(plan.folds[0]).perform(cache=out / "cache", workers=1)
+    assert go(plan) == {}
+    evidence = finish_run(out)["evidence"]
+    scores = {(row["model"], row["site"], row["metric"]): row["mean"] for row in evidence["scores"]}
+    assert scores["majority", "west", "accuracy"] == pytest.approx(2 / 3)
+    assert scores["majority", "west", "auroc"] == 0.5 and evidence["metric"] == "auroc"
+    rows = {(row["model"], row["site"]): row for row in evidence["comparisons"] if row["metric"] == "auroc"}
+    assert rows["majority", "west"]["test"] == "DeLong" and rows["untrained", "west"]["p_holm"] is not None
+    assert any("AUROC rests on 3 patients of a class" in note for note in evidence["notes"])
 
 
 def test_a_search_is_chosen_by_training_hospitals_and_keeps_what_it_did(sites: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ only; both stay useful as judges: the tests hold voxels and places of every impo
 dcm2niix is C++ that reads foreign bytes, so it runs as a process of its own, in an empty folder, with limits on time
 and memory; nothing that it names or writes is taken over but voxels and diffusion tables. Geometry is taken from the
 headers (:mod:`.geometry`), and a series where the converter differs by more than 1e-3 mm is refused. Gantry tilt and
-uneven slices are refused before: what dcm2niix resamples there are no longer the scanner's voxels.
+uneven slices are refused before: what dcm2niix resamples there are no longer the scanner's voxels. Where staff ask for
+it, :mod:`.straighten` takes the place of the converter for a tilted CT.
 
 Reference: Li et al., The first step for neuroimaging data analysis: DICOM to NIfTI conversion, J Neurosci Methods
 2016;264:47-56.
@@ -40,6 +41,7 @@ from numpy.typing import NDArray
 from ....privacy.errors import DataError, EnvironmentProblem
 from .geometry import align
 from .series import Series, reference_stack
+from .straighten import straightened
 
 __all__ = ["Converted", "convert", "write_clean"]
 
@@ -64,20 +66,25 @@ class Converted:
     error_mm: float  # how far the converter was from the headers
     bval: str = ""
     bvec: str = ""
+    tilt: float = 0.0  # degrees of gantry tilt that were straightened
 
 
-def convert(series: Series, folder: Path) -> list[Converted]:
+def convert(series: Series, folder: Path, *, straighten: bool = False) -> list[Converted]:
     """All volumes of an image series.
 
     Args:
         series: of kind ``image``.
         folder: empty folder for the converter's use, on a disk with room for the series.
+        straighten: resample a stack that gantry tilt has sheared.
 
     Raises:
         DataError: the series cannot be a NIfTI volume, or the converter fails on it or differs from the headers.
         EnvironmentProblem: dcm2niix is not installed, or the disk is full.
     """
-    stack, (columns, rows) = reference_stack(series)
+    stack, (columns, rows) = reference_stack(series, tilted=straighten)
+    if stack.tilt:
+        voxels, affine = straightened(series, stack)
+        return [Converted(voxels, 1.0, 0.0, affine, "", False, 0.0, tilt=stack.tilt)]
     source, out = folder / "in", folder / "out"
     source.mkdir()
     out.mkdir()

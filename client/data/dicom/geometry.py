@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ....privacy.errors import DataError
 
-__all__ = ["MAX_ERROR_MM", "Plane", "Stack", "align", "stack_planes"]
+__all__ = ["MAX_ERROR_MM", "Plane", "Stack", "Tilted", "align", "stack_planes"]
 
 MAX_ERROR_MM: Final = 1e-3
 """A converted volume may be this far from the headers' geometry, in mm, at any of its corners."""
@@ -26,6 +26,10 @@ MAX_TILT_DEGREES: Final = 0.1
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0])
 
 Floats = NDArray[np.float64]
+
+
+class Tilted(DataError):
+    """The stack is sheared and otherwise sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +54,19 @@ class Stack:
     slices: int
     volumes: int
     order: tuple[tuple[int, ...], ...]  # for each slice, the planes (as numbered by the caller) that lie there
+    tilt: float = 0.0  # degrees by which the stack is sheared; 0: straight
 
 
-def stack_planes(planes: Sequence[Plane]) -> Stack:
+def stack_planes(planes: Sequence[Plane], *, tilted: bool = False) -> Stack:
     """Order pictures in space and check that they make an even stack.
 
+    Args:
+        planes: at least one.
+        tilted: a sheared stack is no fault.
+
     Raises:
-        DataError: several orientations, gantry tilt, uneven or missing slices, a different number of
-            pictures per place.
+        Tilted: gantry tilt is all that is wrong.
+        DataError: several orientations, uneven or missing slices, a different number of pictures per place.
     """
     first = planes[0]
     if any(np.abs(p.orientation - first.orientation).max() > 1e-3 for p in planes):
@@ -78,11 +87,15 @@ def stack_planes(planes: Sequence[Plane]) -> Stack:
     start, end = (planes[members[0]].position for members in (places[0], places[-1]))
     count = len(places)
     step = (end - start) / (count - 1) if count > 1 else first.normal * 1.0
+    tilt = 0.0
     if count > 1:
-        faults = [fault for fault in (_tilted(step, first.normal), _uneven(heights)) if fault]
-        if faults:
-            raise DataError("; ".join(faults))
+        tilt, uneven = _tilt(step, first.normal), _uneven(heights)
+        said = "" if not tilt else _TILTED.format(tilt)
+        if uneven:
+            raise DataError("; ".join(filter(None, (said, uneven))))
         _check_line(np.array([planes[m[0]].position for m in places]), start, step)
+        if tilt and not tilted:
+            raise Tilted(said + ", or set action to straighten in the mapping file (CT)")
     affine = np.eye(4)
     rows, columns = first.spacing
     affine[:3, 0] = first.orientation[:3] * columns
@@ -90,7 +103,7 @@ def stack_planes(planes: Sequence[Plane]) -> Stack:
     affine[:3, 2] = step
     affine[:3, 3] = start
     affine[:3] = _LPS_TO_RAS @ affine[:3]
-    return Stack(affine, count, per_place.pop(), tuple(places))
+    return Stack(affine, count, per_place.pop(), tuple(places), tilt)
 
 
 def _group(along: Floats) -> list[tuple[int, ...]]:
@@ -123,15 +136,14 @@ def _uneven(heights: Floats) -> str:
     )
 
 
-def _tilted(step: Floats, normal: Floats) -> str:
+_TILTED: Final = "gantry tilt of {:.1f} degrees: the stack is sheared; reformat it at the console"
+
+
+def _tilt(step: Floats, normal: Floats) -> float:
+    """Degrees between the stack and the pictures' normal; 0 where rounding explains them."""
     cosine = abs(float(step @ normal)) / float(np.linalg.norm(step))
     degrees = float(np.degrees(np.arccos(min(cosine, 1.0))))
-    if degrees <= MAX_TILT_DEGREES:
-        return ""
-    return (
-        f"gantry tilt of {degrees:.1f} degrees: the stack is sheared; reformat it at the console, or straighten "
-        "it with dcm2niix (its _Tilt_ file) and import the result"
-    )
+    return degrees if degrees > MAX_TILT_DEGREES else 0.0
 
 
 def _check_line(positions: Floats, start: Floats, step: Floats) -> None:

@@ -110,6 +110,7 @@ _USED: Final = [
 _TAGS: Final = [keyword_dict[word] for word in (*IDENTIFYING, *_USED)]
 _PREAMBLE_BYTES: Final = 132
 _ARCHIVES: Final = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")
+_PLAIN: Final = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"
 MAX_DECODED_BYTES: Final = 2 << 30
 """A file that promises more than this, or much more than its bytes can hold, is not opened."""
@@ -187,7 +188,8 @@ def _walk(source: Path, passed: dict[str, str]) -> Iterator[Path]:
     """Regular files in sorted order; folders that cannot be listed are passed over."""
 
     def complain(error: OSError) -> None:
-        passed[str(error.filename)] = f"cannot be read ({error.strerror}); give the node's account the right to read"
+        name = os.fsencode(os.path.relpath(error.filename, source)).decode("utf-8", "replace")
+        passed[name] = f"cannot be read ({error.strerror}); give the node's account the right to read"
 
     for folder, below, files in os.walk(source, onerror=complain):
         below.sort()
@@ -217,7 +219,7 @@ def _read(path: Path) -> Instance | str | None:
             if not instance.text("SOPClassUID"):
                 media = str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", ""))
                 return None if media == _DIRECTORY_CLASS else "damaged DICOM file (no SOPClassUID); export it again"
-            return _bomb(instance) or instance
+            return _bomb(instance) or _cut(instance) or instance
     except OSError as error:
         return f"cannot be read ({error.strerror or error}); copy or export it again"
     except Exception as error:  # a broken file may raise anything inside pydicom; the others go on
@@ -225,9 +227,23 @@ def _read(path: Path) -> Instance | str | None:
         return f"damaged DICOM file ({detail}); export it again"
 
 
-def _bomb(instance: Instance) -> str | None:
+def _pixels(instance: Instance) -> float:
+    """Grey values that the header promises."""
     sides = [instance.number(word) or 1 for word in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
-    promised = sides[0] * sides[1] * sides[2] * sides[3] * max((instance.number("BitsAllocated") or 8) / 8, 1)
+    return sides[0] * sides[1] * sides[2] * sides[3]
+
+
+def _cut(instance: Instance) -> str | None:
+    """Why an object of grey values without compression cannot be whole."""
+    promised, stored = _pixels(instance) * (instance.number("BitsAllocated") or 8) / 8, instance.path.stat().st_size
+    grey = instance.number("Rows") and (instance.number("SamplesPerPixel") or 1) == 1
+    if instance.syntax in _PLAIN and grey and promised > stored:
+        return f"cut off: {promised:.0f} bytes of pixels promised, the file has {stored}; copy or export it again"
+    return None
+
+
+def _bomb(instance: Instance) -> str | None:
+    promised = _pixels(instance) * max((instance.number("BitsAllocated") or 8) / 8, 1)
     stored = instance.path.stat().st_size
     if promised > MAX_DECODED_BYTES or promised > MAX_RATIO * max(stored, 4096):
         return (

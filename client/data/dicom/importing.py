@@ -25,10 +25,11 @@ from typing import Any, Final
 from ....privacy.errors import BadInput, DataError, EnvironmentProblem, StateError
 from . import regions
 from .convert import convert, save_nifti, write_clean
+from .geometry import Tilted
 from .headers import find_instances, identifying_values
 from .identity import Pseudonyms, remains
 from .layout import README, Runs, load_record, other_rows, participants_table
-from .mapping import Row, as_table, read_mapping
+from .mapping import TAKEN, Row, as_table, read_mapping
 from .naming import Name, propose
 from .series import Series, group, reference_stack
 from .sidecar import free_text, side_car
@@ -159,7 +160,7 @@ class _Import:
         first = series.first
         patient = "sub-" + self.names.name("patient", *series.patient)
         session = "ses-" + self.names.name("session", first.text("StudyInstanceUID"), length=6)
-        name, reason, size, action = Name(), series.reason, "", "skip"
+        name, reason, size, action, tilted = Name(), series.reason, "", "skip", False
         try:
             if series.kind == "image":
                 stack, (columns, rows) = reference_stack(series)
@@ -171,6 +172,8 @@ class _Import:
                 words = [regions.label_of(free_text(n, series), i) for i, n in enumerate(found, 1)]
                 name = Name("anat", "_".join(f"label-{word}" for word in words), "mask", "")
                 action, reason = "import", f"{len(words)} drawn regions"
+        except Tilted as error:
+            name, action, reason, tilted = propose(series, 1), "refused", str(error), True
         except DataError as error:
             action, reason = "refused", str(error)
         row = Row(
@@ -182,14 +185,14 @@ class _Import:
         )  # fmt: skip
         edited = self.chosen.get(key)
         if edited is not None:
-            if edited.action == "import" and action == "refused":
-                pass  # a wish does not straighten a sheared stack
-            elif edited.action == "import" and series.kind == "skip":
+            if edited.action in TAKEN and action == "refused" and not (tilted and edited.action == "straighten"):
+                pass  # a wish does not mend a stack
+            elif edited.action in TAKEN and series.kind == "skip":
                 row = replace(row, reason=f"{reason}; cannot be imported")
             else:
                 row = replace(
                     row, action=edited.action, datatype=edited.datatype, entities=edited.entities, suffix=edited.suffix,
-                    reason="mapping file" if edited.action == "import" else edited.reason or "mapping file",
+                    reason="mapping file" if edited.action in TAKEN else edited.reason or "mapping file",
                 )  # fmt: skip
         self.rows[key] = row
 
@@ -201,7 +204,7 @@ class _Import:
     def take(self, series: Series) -> None:
         key = self.key(series)
         row = self.rows[key]
-        if row.action != "import":
+        if row.action not in TAKEN:
             return
         stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=self.out))
         try:
@@ -225,7 +228,7 @@ class _Import:
     def _image(self, series: Series, row: Row, stage: Path) -> list[Path]:
         work = stage / "work"
         work.mkdir()
-        volumes = convert(series, work)
+        volumes = convert(series, work, straighten=row.action == "straighten")
         written = []
         for volume in volumes:
             self.summary.worst_mm = max(self.summary.worst_mm, volume.error_mm)

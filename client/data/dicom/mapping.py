@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from ....privacy.errors import DataError
+from ..tables import read_rows
 
-__all__ = ["Row", "as_table", "read_mapping"]
+__all__ = ["TAKEN", "Row", "as_table", "read_mapping"]
 
-ACTIONS: Final = ("import", "skip", "refused")
+ACTIONS: Final = ("import", "straighten", "skip", "refused")
+TAKEN: Final = ("import", "straighten")
+"""Actions that write files; ``straighten`` resamples a CT that gantry tilt has sheared."""
 _ENTITIES: Final = re.compile(r"(?:[a-z]+-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9]+)*)?")
 _SUFFIX: Final = re.compile(r"[A-Za-z0-9]+")
 _DATATYPES: Final = ("anat", "dwi", "fmap", "func", "perf", "pet")
@@ -60,13 +63,7 @@ def read_mapping(path: Path) -> dict[str, Row]:
         DataError: the file cannot be read, a column is missing, a series stands there twice, or a value is no
             BIDS name; the line is named.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.DictReader(file, delimiter="\t", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); expected the mapping file of an earlier import, tab-separated in UTF-8"
-        ) from error
+    lines = read_rows(path, "\t", "the mapping file of an earlier import, tab-separated in UTF-8")
     names = [field.name for field in fields(Row)]
     needed = ("series", "action", "datatype", "entities", "suffix")
     lacking = [name for name in needed if not lines or name not in lines[0]]
@@ -84,8 +81,8 @@ def read_mapping(path: Path) -> dict[str, Row]:
 
 def _check(row: Row, where: str) -> None:
     if row.action not in ACTIONS:
-        raise DataError(f"{where}: action = {row.action!r}; expected import or skip")
-    if row.action != "import":
+        raise DataError(f"{where}: action = {row.action!r}; expected import, straighten or skip")
+    if row.action not in TAKEN:
         return
     if row.datatype not in _DATATYPES:
         raise DataError(f"{where}: datatype = {row.datatype!r}; expected one of {', '.join(_DATATYPES)}")

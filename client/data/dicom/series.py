@@ -95,7 +95,9 @@ def group(instances: Sequence[Instance]) -> list[Series]:
     for instance in instances:
         key = tuple(instance.text(word) for word in ("SeriesInstanceUID", "SOPClassUID", "Rows", "Columns"))
         name = instance.text("SOPInstanceUID") or str(instance.path)
-        by_series[key].setdefault(name, instance)
+        copy = by_series[key].get(name)
+        if copy is None or instance.path.stat().st_size > copy.path.stat().st_size:  # one may have been cut off
+            by_series[key][name] = instance
     found = []
     for members in by_series.values():
         ordered = tuple(sorted(members.values(), key=lambda i: (i.number("InstanceNumber") or 0, str(i.path))))
@@ -130,10 +132,15 @@ def _judge(members: Sequence[Instance]) -> tuple[Kind, str]:
     return "image", ""
 
 
-def reference_stack(series: Series) -> tuple[Stack, tuple[int, int]]:
+def reference_stack(series: Series, *, tilted: bool = False) -> tuple[Stack, tuple[int, int]]:
     """Geometry of an image series from its headers, and its columns and rows.
 
+    Args:
+        series: of kind ``image``.
+        tilted: a stack that gantry tilt has sheared is no fault.
+
     Raises:
+        Tilted: gantry tilt is all that is wrong.
         DataError: a transfer syntax that cannot be decoded, or pictures that make no even stack.
     """
     lossy = next((i for i in series.instances if i.syntax and i.syntax not in _DECODED), None)
@@ -145,7 +152,7 @@ def reference_stack(series: Series) -> tuple[Stack, tuple[int, int]]:
             "uncompressed, or convert it first with gdcmconv --raw (package gdcm) or dcmdjpeg/dcmdjpls (package dcmtk)"
         )
     try:
-        return _read_stack(series)
+        return _read_stack(series, tilted)
     except DataError:
         raise
     except Exception as error:  # whatever damaged headers raise inside pydicom
@@ -153,7 +160,7 @@ def reference_stack(series: Series) -> tuple[Stack, tuple[int, int]]:
         raise DataError(f"damaged headers ({detail}); export the series again from the PACS") from error
 
 
-def _read_stack(series: Series) -> tuple[Stack, tuple[int, int]]:
+def _read_stack(series: Series, tilted: bool) -> tuple[Stack, tuple[int, int]]:
     first = series.first
     columns, rows = int(first.number("Columns") or 0), int(first.number("Rows") or 0)
     if "MOSAIC" in first.text("ImageType").upper().split("\\"):
@@ -162,7 +169,7 @@ def _read_stack(series: Series) -> tuple[Stack, tuple[int, int]]:
         planes = [plane for instance in series.instances for plane in _frames(instance)]
     else:
         planes = [_plane(instance.header) for instance in series.instances]
-    return stack_planes(planes), (columns, rows)
+    return stack_planes(planes, tilted=tilted), (columns, rows)
 
 
 def _class_name(instance: Instance) -> str:

@@ -39,6 +39,8 @@ def side_car(series: Series, volume: Converted) -> dict[str, Any]:
             values[name] = round(number * factor, 9)
     if volume.map_hz:
         values["Units"] = "Hz"
+    if volume.tilt:
+        values["Straightened"] = f"gantry tilt of {volume.tilt:.1f} degrees; linear interpolation within slices"
     values["ContrastAgent"] = bool(first.text("ContrastBolusAgent"))
     values["ConversionSoftware"] = "FedNeuro, dcm2niix"
     return values

@@ -141,6 +141,9 @@ CATALOGUE: Final[dict[str, Check]] = {
     "orientation-cohort": _blocks(
         "The whole data set lies wrong", "The mean image fits the template best when turned: a systematic conversion fault.",
         "Convert again from DICOM."),
+    "orientation-unjudged": _notes(
+        "Slices too unlike to say how each lies", "Single slices of several planes or levels have no common picture.",
+        "Look at the pictures: are noses and eyes where they should be?"),
     "axes-odd": _notes(
         "Stored in another order of axes than the rest", "Harmless if the header is right; a sign of a second converter.",
         "Compare one of these images with the viewer of the PACS, left and right above all."),

@@ -116,6 +116,8 @@ def _ras(look: Look) -> tuple[float, float, float]:
 
 _METRICS: Final = {"likeness": 0.03, "snr": 0.2, "cnr": 0.2, "fber": 0.3, "efc": 0.05}
 """Smallest spread of each metric, as a share of its median."""
+ODD: Final = 4.5
+"""Multiples of the spread by which an image is worse than usual; better than usual is odd at twice as many."""
 
 
 def _quality(looks: list[Look]) -> Iterator[Finding]:
@@ -127,8 +129,11 @@ def _quality(looks: list[Look]) -> Iterator[Finding]:
     odd: dict[int, list[str]] = defaultdict(list)
     for metric, least in _METRICS.items():
         values = [look.metrics.get(metric, float("nan")) for look in measured]
-        for i in outliers(values, least=least, far=4.5):
-            odd[i].append(f"{metric.upper()} {values[i]:.3g}, usual {np.nanmedian(values):.3g}")
+        worse, better = 1 if metric == "efc" else -1, set(outliers(values, least=least, far=2 * ODD))
+        for i in outliers(values, least=least, far=ODD):
+            middle = float(np.nanmedian(values))
+            if (values[i] - middle) * worse > 0 or i in better:
+                odd[i].append(f"{metric.upper()} {values[i]:.3g}, usual {middle:.3g}")
     for i, words in sorted(odd.items()):
         look = measured[i]
         yield Finding("quality-outlier", (look.file.patient,), f"{look.file.path.name}: {'; '.join(words)}")

@@ -26,6 +26,8 @@ STEADY: Final = 0.85
 """Share of the patients whose contrast must have one sign."""
 SOME: Final = 0.5
 """Median contrast from which on a second modality may vouch for a mask."""
+EDGE: Final = 1.2
+"""Contrast of either sign from which on a modality vouches for a mask by itself: the mask follows an edge there."""
 ENOUGH: Final = 0.6
 """A mask with this share of the usual contrast is as it should be."""
 LOW: Final = 0.35
@@ -72,7 +74,8 @@ def _vouched(groups: list[list[Fit]]) -> dict[File, set[str]]:
     for group in groups:
         usual = float(np.median([fit.contrast for fit in group]))
         for fit in group:
-            if len(group) >= FEWEST and abs(usual) >= SOME and fit.contrast * np.sign(usual) > ENOUGH * abs(usual):
+            as_usual = abs(usual) >= SOME and fit.contrast * np.sign(usual) > ENOUGH * abs(usual)
+            if len(group) >= FEWEST and (as_usual or abs(fit.contrast) >= EDGE):
                 found[fit.mask].add(fit.image.what)
     return found
 

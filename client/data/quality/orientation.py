@@ -24,6 +24,9 @@ MARGIN: Final = 0.05
 SURE: Final = 0.6
 """Below this correlation with the mean the images are too unlike to say anything."""
 
+STEADY: Final = 0.7
+"""Median correlation with the mean from which on single slices are judged: below, they show several planes."""
+
 Turn = tuple[tuple[int, int, int], tuple[int, int, int]]
 TURNS: Final[tuple[Turn, ...]] = tuple(
     ((p[0], p[1], p[2]), (s[0], s[1], s[2])) for p in permutations(range(3)) for s in product((1, -1), repeat=3)
@@ -54,9 +57,12 @@ def judge_orientation(looks: list[Look]) -> list[Finding]:
         return []
     cubes = np.stack([look.cube for look in usable if look.cube is not None]).astype(np.float64)
     total = cubes.sum(axis=0)
+    turns = [best_turn(cube, (total - cube) / (len(cubes) - 1)) for cube in cubes]
+    if all(min(look.shape) == 1 for look in usable) and np.median([best - gain for _, gain, best in turns]) < STEADY:
+        patients = tuple(sorted({look.file.patient for look in usable}))
+        return [Finding("orientation-unjudged", patients, f"{usable[0].file.what}: {len(usable)} slices")]
     findings = []
-    for look, cube in zip(usable, cubes, strict=True):
-        turn, gain, best = best_turn(cube, (total - cube) / (len(cubes) - 1))
+    for look, (turn, gain, best) in zip(usable, turns, strict=True):
         if turn != SAME and gain > MARGIN and best > SURE:
             findings.append(
                 Finding(

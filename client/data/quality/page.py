@@ -78,7 +78,7 @@ def _histograms(looks: list[Look]) -> Markup:
             f"{(_HEIGHT - _EDGE) * (1 - n / top) + 4:.1f}"
             for e, n in zip(edges, counts, strict=False)
         )
-        lines.append(Markup('<polyline points="{}" fill="none" stroke="#3b5b7a" stroke-opacity=".35"/>').format(points))
+        lines.append(Markup('<polyline class="line" points="{}"/>').format(points))
     return _frame(lines, f"{low:.4g}", f"{high:.4g}", "", "")
 
 
@@ -91,18 +91,14 @@ def _geometry(looks: list[Look]) -> Markup:
     for side, extent in zip(sides, extents, strict=True):
         x = _EDGE + (side - spans[0][0]) / (spans[0][1] - spans[0][0] or 1) * (_WIDTH - _EDGE)
         y = (_HEIGHT - _EDGE) * (1 - (extent - spans[1][0]) / (spans[1][1] - spans[1][0] or 1))
-        dots.append(
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="#3b5b7a" fill-opacity=".45"/>').format(
-                float(x), float(y)
-            )
-        )
+        dots.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" class="dot"/>').format(float(x), float(y)))
     return _frame(dots, *(f"{value:.3g}" for span in spans for value in span))
 
 
 def _frame(marks: list[Markup], left: str, right: str, bottom: str, top: str) -> Markup:
     base = _HEIGHT - _EDGE + 4
     return Markup(
-        '<svg viewBox="0 0 {w} {h}" role="img"><path d="M{e} 4V{b}H{w}" fill="none" stroke="#d9e0e6"/>{marks}'
+        '<svg viewBox="0 0 {w} {h}" role="img"><path d="M{e} 4V{b}H{w}" class="axis"/>{marks}'
         '<text x="{e}" y="{t}">{left}</text><text x="{w}" y="{t}" text-anchor="end">{right}</text>'
         '<text x="0" y="{b}">{bottom}</text><text x="0" y="14">{top}</text></svg>'
     ).format(

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keeps a page live: asks for it every second and puts in place the parts ([data-live]) that changed. The server
+// Reads a chosen file into its text field. Keeps a page live: asks for it every second and puts in place the parts ([data-live]) that changed. The server
 // escapes every value, and the policy of the page lets no script run but this file.
 "use strict";
 
 (() => {
+  for (const chooser of document.querySelectorAll("input[type=file][data-into]")) {
+    chooser.hidden = false; // of no use without a script
+    chooser.addEventListener("change", async () => {
+      if (chooser.files.length) document.getElementById(chooser.dataset.into).value = await chooser.files[0].text();
+    });
+  }
   if (!document.body.hasAttribute("data-poll")) return;
   const EVERY = 1000, SLOWEST = 8000;
   const seen = new Map(); // what the server sent last, by id: focus and open details must not count as changes
@@ -25,8 +31,13 @@
     const focused = old.contains(document.activeElement) ? keyOf(document.activeElement) : null;
     const open = [...old.querySelectorAll("details[open][id]")].map((element) => element.id);
     const left = [...old.querySelectorAll(".scroll")].map((element) => element.scrollLeft);
+    const typed = [...old.querySelectorAll("input[id]")].map((element) => [element.id, element.value]);
     const part = document.adoptNode(fresh);
     old.replaceWith(part);
+    for (const [id, value] of typed) {
+      const field = document.getElementById(id);
+      if (field && part.contains(field)) field.value = value;
+    }
     part.querySelectorAll(".scroll").forEach((element, index) => { element.scrollLeft = left[index] || 0; });
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");
     if (focused) part.querySelector(focused)?.focus({ preventScroll: true });
