@@ -230,11 +230,12 @@ def test_every_metric_has_a_direction() -> None:
     worse = {name for name, better in higher_is_better.items() if not better}
     assert worse == {
         "hd95", "volume_difference", "false_positives", "lesion_count_difference", "lesion_hd95", "brier", "ece",
+        "mae", "rmse",
     }  # fmt: skip
 
 
 def test_a_study_can_name_every_metric_and_no_other() -> None:
-    assert set(get_args(Metric)) == set(METRICS) == SUITED_METRICS["segmentation"] | SUITED_METRICS["classification"]
+    assert set(get_args(Metric)) == set(METRICS) == frozenset().union(*SUITED_METRICS.values())
 
 
 # -- volumes and lesions --------------------------------------------------------------------------------------

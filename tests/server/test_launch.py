@@ -220,7 +220,7 @@ def test_what_hospitals_refuse_is_one_line_and_nothing_starts(deployment: Deploy
     """A study whose privacy no site permits, and a site that is off; the second comes last, for it stays off."""
     private = study_of("private").model_dump(mode="json")
     private["privacy"] |= {"mode": "local", "epsilon": 1.0, "delta": 1e-2, "sample_rate": 0.5}
-    said = deployment.call("launch", deployment.write(Study.parse(private)), rc=3)
+    said = deployment.call("launch", deployment.write(Study.parse(private)), "--wait", "1", rc=3)
     assert said.count("study-not-approved") >= 2 and "run private-1: " in said.splitlines()[-1]
     deployment.nodes["south"].send_signal(signal.SIGTERM)
     deployment.nodes["south"].wait(30)

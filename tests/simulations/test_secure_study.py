@@ -28,9 +28,16 @@ from tests.bids import make_study
 ROOT = Path(__file__).parents[2]
 
 
-def study_of(tolerate: int = 1) -> Study:
+def study_of(tolerate: int = 1, rounds: int = 3) -> Study:
     return make_study(
-        training={"rounds": 3, "local_steps": 1, "local_epochs": 0, "optimizer": "adam", "device": "cpu", "ema": 0.5},
+        training={
+            "rounds": rounds,
+            "local_steps": 1,
+            "local_epochs": 0,
+            "optimizer": "adam",
+            "device": "cpu",
+            "ema": 0.5,
+        },
         privacy={
             "mode": "distributed",
             "delta": 1e-2,
@@ -77,7 +84,7 @@ def test_a_study_with_a_lost_hospital_ends_and_its_report_says_what_was_promised
 def test_the_three_exchanges_of_a_round_travel_as_real_messages(tmp_path: Path) -> None:
     for seed, name in enumerate(("east", "lake", "north", "west")):
         write_tiny_site(tmp_path / "sites" / name, seed=seed, patients=5)
-    study = study_of(tolerate=0)
+    study = study_of(tolerate=0, rounds=2)
     results = Simulation(study=study, sites=tmp_path / "sites", out=tmp_path / "out", engine="deployment").run()
     assert results["status"] == "complete"
     assert [record["refusals"] for record in results["rounds"]] == [{}] * len(results["rounds"])
