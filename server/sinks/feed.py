@@ -31,6 +31,7 @@ class Sink(Protocol):
 
     def begin(self, view: RunView, study: Study) -> int:
         """A run is there, new or known from before; returns the last round that needs no sending."""
+        ...
 
     def round(self, run: str, number: int, values: Mapping[str, float]) -> None:
         """Values of a round that is done; more of the same round may come later."""

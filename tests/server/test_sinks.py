@@ -153,7 +153,7 @@ def test_a_run_in_tensorboard(tmp_path: Path) -> None:
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values by name, from TensorBoard's event files (TFRecord frames: length, CRC, content, CRC)."""
-    from tensorboardX.proto.event_pb2 import Event as Record
+    from tensorboardX.proto.event_pb2 import Event as Record  # pyright: ignore[reportAttributeAccessIssue]
 
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):

@@ -4,6 +4,7 @@
 import csv
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def test_outcomes_are_added_to_the_table_and_to_nothing_else(tmp_path: Path) -> 
 def test_larger_lesions_mean_lower_scores_and_shorter_lives() -> None:
     volumes = np.geomspace(0.5, 60, 200)
     rows = [_outcome(float(ml), "alder", f"sub-{k:03d}", 0) for k, ml in enumerate(volumes)]
-    assert spearmanr(volumes, [float(row["score"]) for row in rows]).statistic < -0.9
+    correlation: Any = spearmanr(volumes, [float(row["score"]) for row in rows])
+    assert correlation.statistic < -0.9
     died = np.array([row["died"] == "1" for row in rows])
     assert died[:100].sum() < died[100:].sum() and 0.3 < died.mean() < 0.8, "some are still alive when last seen"
     months = np.array([float(row["months"]) for row in rows])

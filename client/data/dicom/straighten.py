@@ -79,7 +79,7 @@ def straight(voxels: NDArray[np.float64], sheared: NDArray[np.float64]) -> tuple
     fill = float(voxels.min())
     found = np.empty((size[0], size[1], voxels.shape[2]))
     for k in range(voxels.shape[2]):
-        offset = [start - step * k for start, step in zip(low, by, strict=True)]
+        offset: Any = [start - step * k for start, step in zip(low, by, strict=True)]
         found[:, :, k] = ndimage.affine_transform(
             voxels[:, :, k], np.ones(2), offset, output_shape=tuple(size), order=1, mode="constant", cval=fill
         )
