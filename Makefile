@@ -11,7 +11,7 @@ BIN := .venv/bin
 # The study says how many threads a site takes; a setting from outside must not change the bits of a result.
 unexport OMP_NUM_THREADS
 
-.PHONY: help venv demo test lint types docs clean
+.PHONY: help venv demo test walk lint types docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
@@ -32,9 +32,12 @@ venv: .venv/.dev  ## .venv with FedNeuro (editable) and its development tools
 demo: .venv/.runtime  ## five synthetic hospitals, four train, one judges: out/demo/report.html
 	$(BIN)/fedneuro-sim demo --out out/demo
 
-test: .venv/.dev  ## all tests, with coverage; those that start Flower or Ray one after another
+test: .venv/.dev  ## the tests, with coverage; those that start Flower or Ray one after another
 	$(BIN)/pytest -m deployment --cov --cov-report=
-	$(BIN)/pytest -m "not deployment" -n $(WORKERS) --dist loadfile --cov --cov-append --cov-report=term:skip-covered
+	$(BIN)/pytest -m "not deployment and not walk" -n $(WORKERS) --dist loadfile --cov --cov-append --cov-report=term:skip-covered
+
+walk: .venv/.dev  ## a consortium from invitation to release, in a browser (chromium)
+	$(BIN)/pytest -m walk
 
 lint: .venv/.dev  ## style, spelling, packaging metadata
 	$(BIN)/ruff check

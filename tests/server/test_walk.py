@@ -35,7 +35,7 @@ from tests.bids import make_study
 from tests.server.chromium import Chromium, find_chromium
 from tests.server.conftest import PASSPHRASE, free_ports
 
-pytestmark = pytest.mark.deployment
+pytestmark = pytest.mark.walk
 
 BIN = Path(sys.executable).parent
 ROUNDS = 4
