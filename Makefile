@@ -33,10 +33,10 @@ demo: .venv/.runtime  ## five synthetic hospitals, four train, one judges: out/d
 	$(BIN)/fedneuro-sim demo --out out/demo
 
 test: .venv/.dev  ## the tests, with coverage; those that start Flower or Ray one after another
-	$(BIN)/pytest -m deployment --cov --cov-report=
+	$(BIN)/pytest -m "deployment and not walk" --cov --cov-report=
 	$(BIN)/pytest -m "not deployment and not walk" -n $(WORKERS) --dist loadfile --cov --cov-append --cov-report=term:skip-covered
 
-walk: .venv/.dev  ## a consortium from invitation to release, in a browser (chromium)
+walk: .venv/.dev  ## what takes longest: a consortium in a browser (chromium), under attack, and bits on Ray and Flower again
 	$(BIN)/pytest -m walk
 
 lint: .venv/.dev  ## style, spelling, packaging metadata

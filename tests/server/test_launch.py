@@ -183,6 +183,7 @@ def test_a_killed_serverapp_goes_on_by_itself_to_the_same_bits(deployment: Deplo
     assert "resumed" in {kind for _, _, kind, _, _ in deployment.consortium.registry.events()}
 
 
+@pytest.mark.walk
 def test_a_study_goes_on_while_everybody_attacks(
     deployment: Deployment, passphrase: Passphrase, tmp_path: Path
 ) -> None:

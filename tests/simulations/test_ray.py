@@ -53,6 +53,7 @@ def assert_nothing_left() -> None:
     assert not list(Path(tempfile.gettempdir()).glob("fn-ray-*"))
 
 
+@pytest.mark.walk
 def test_ray_gives_the_bits_of_the_in_process_engine(
     sites: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

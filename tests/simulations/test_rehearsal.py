@@ -70,6 +70,7 @@ def left_over(out: Path) -> list[str]:
     return found
 
 
+@pytest.mark.walk
 def test_a_deployment_gives_the_bits_of_the_in_process_engine(sites: Path, tmp_path: Path) -> None:
     study = study_of(3)
     events: list[Event] = []
