@@ -67,7 +67,7 @@ class OpacusHooks:
                 )
                 losses.mean().backward()  # type: ignore[no-untyped-call]
             found = [_per_patient(p, patients, crops) for p in self._parameters]
-        except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
+        except (ValueError, RuntimeError, AttributeError) as error:  # RuntimeError: also what Opacus has no rule for
             raise BadInput(_cannot(self._network, error)) from error
         finally:
             hooked.to_standard_module()
@@ -82,7 +82,7 @@ class OpacusHooks:
 
         try:
             return GradSampleModule(self._network, loss_reduction="mean")
-        except (NotImplementedError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise BadInput(_cannot(self._network, error)) from error
 
 
