@@ -3,7 +3,8 @@
 
 Segmentation: a patient's whole volume, never a slice (:mod:`.overlap`, :mod:`.surfaces`, :mod:`.lesions`; all of them
 for one scan in :mod:`.scan`). Classification: a cohort, one probability row per patient (:mod:`.ranking`,
-:mod:`.calibration`). Outcomes: :mod:`.outcome`. Intervals resample patients (:mod:`.intervals`).
+:mod:`.calibration`). Outcomes: :mod:`.outcome`. Intervals resample patients: :mod:`.means` of a mean,
+:mod:`.intervals` of any other statistic.
 
 Empty masks have an explicit rule, because they occur (a treated lesion, a network that finds nothing):
 
@@ -30,12 +31,13 @@ References: Maier-Hein et al. 2024, Metrics reloaded, https://doi.org/10.1038/s4
 from collections.abc import Mapping
 
 from .calibration import Bin, brier, ece, reliability
-from .intervals import Interval, bootstrap, bootstrap_interval
+from .intervals import Interval, bootstrap
 from .lesions import LESION_RULES, LesionRule, find_lesions, lesion_scores
+from .means import mean_interval
 from .outcome import c_index, c_index_interval, mean_absolute_error, root_mean_squared_error
 from .overlap import dice, volume_difference
 from .ranking import accuracy, auprc, auroc, sensitivity, specificity, youden_threshold
-from .scan import ScanRules, failed_scores, scan_scores
+from .scan import WORST_IS_ZERO, ScanRules, failed_scores, scan_scores
 from .surfaces import hausdorff95, surface_dice
 
 __all__ = [
@@ -49,7 +51,7 @@ __all__ = [
     "auprc",
     "auroc",
     "bootstrap",
-    "bootstrap_interval",
+    "bounds_of",
     "brier",
     "c_index",
     "c_index_interval",
@@ -61,6 +63,8 @@ __all__ = [
     "higher_is_better",
     "lesion_scores",
     "mean_absolute_error",
+    "mean_interval",
+    "metric_of",
     "reliability",
     "root_mean_squared_error",
     "scan_scores",
@@ -82,3 +86,19 @@ higher_is_better: Mapping[str, bool] = {
 
 METRICS: tuple[str, ...] = (*higher_is_better, "reliability")
 """Names of the metrics."""
+
+
+def metric_of(name: str) -> str:
+    """The metric that a value's name belongs to: ``dice_core`` and ``dice`` to ``dice``; unknown names to nothing."""
+    base, _, _ = name.partition(":")
+    return max((m for m in METRICS if base == m or base.startswith(f"{m}_")), key=len, default="")
+
+
+def bounds_of(name: str) -> tuple[float, float] | None:
+    """Least and greatest value of a patient, where the metric is a mean over patients and has both.
+
+    Example:
+        >>> bounds_of("dice_core"), bounds_of("accuracy"), bounds_of("hd95")
+        ((0.0, 1.0), (0.0, 1.0), None)
+    """
+    return (0.0, 1.0) if metric_of(name) in WORST_IS_ZERO | {"accuracy"} else None

@@ -1,38 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""95 % percentile-bootstrap intervals whose resampling unit is the patient (Efron 1979)."""
+"""95 % percentile-bootstrap intervals of statistics of a cohort; the patient is the resampling unit (Efron 1979).
+
+Means over patients have better ones: :mod:`.means`.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "bootstrap", "bootstrap_interval"]
+__all__ = ["Interval", "bootstrap"]
 
 Interval = tuple[float, float, float]
 """Value, lower and upper end of its 95 % interval."""
 
-_CHUNK = 1 << 20  # resampled indices held at a time: 8 MiB
 _MIN_DEFINED = 0.5  # share of resamples in which a statistic must be defined
-
-
-def bootstrap_interval(values: NDArray[np.floating], *, resamples: int, seed: int) -> Interval:
-    """Mean over patients and its 95 % percentile-bootstrap interval.
-
-    Args:
-        values: ``(N,)``, one finite number per patient, N at least 1.
-        resamples: bootstrap resamples, at least 1.
-        seed: seed of the resampling; the same seed gives the same interval.
-    """
-    n = len(values)
-    if n == 0:
-        raise ValueError("a bootstrap interval needs at least one patient")
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    step = max(1, _CHUNK // n)
-    for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
-        means[start:stop] = values[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
-    return _percentiles(float(values.mean()), means)
 
 
 def bootstrap(

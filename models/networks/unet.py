@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..spec import ModelSection
+from .fast import PReLU
 
 __all__ = ["FOREGROUND_PRIOR", "SegmentationUNet", "build"]
 
@@ -51,7 +52,8 @@ def build(model: ModelSection, in_channels: int, out_channels: int) -> nn.Module
         channels=model.channels,
         strides=(2,) * (len(model.channels) - 1),
         num_res_units=model.residual_units,
-        norm=("INSTANCE", {"affine": True}) if model.norm == "instance" else ("GROUP", {"num_groups": 4}),
+        act=(PReLU, {}),  # type: ignore[arg-type]  # MONAI takes a class in place of a name
+        norm=("FAST_INSTANCE", {"affine": True}) if model.norm == "instance" else ("GROUP", {"num_groups": 4}),
         dropout=model.dropout,
     )
     _start_at_prior(network, out_channels)

@@ -7,7 +7,9 @@ its noise comes from PyTorch's ordinary generator, ours from a cryptographic one
 study would take on this machine. Times are of the process (one thread), which other programs disturb less; the wall's
 ratio is beside it. Memory is the growth of the resident peak over one step, each arm in a process of its own.
 
-Ratios are to the plain float32 step. Seconds depend on the machine.
+Ratios are to the plain float32 step of the network as MONAI and PyTorch have it, which is what Opacus gets, too. Ours
+has layers of its own (:mod:`fedneuro.models.networks.fast`) of the same formula; the plain step with these is a row.
+Seconds depend on the machine.
 """
 
 import json
@@ -35,7 +37,7 @@ Device = Literal["cpu", "cuda"]
 Step = Callable[[], None]
 Arm = Callable[[nn.Module, Tensor, Tensor], Step]
 
-REPEATS = 2
+REPEATS = 5
 CLIP, SIGMA, RATE = 1.0, 1.0, 1e-3
 STEPS = 10_000  # that a study would take: decides whether a trial is worth its time
 FULL = 1e6  # patients of the trial: groups are full here, a study pays for the last one of a step
@@ -99,8 +101,20 @@ def _crops(case: str, device: Device) -> tuple[nn.Module, Tensor, Tensor]:
 # -- arms --------------------------------------------------------------------------------------------------
 
 
-def plain(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None) -> Step:
+def stock(network: nn.Module) -> nn.Module:
+    """The network with PyTorch's own layers in place of the fast ones; they differ in ``forward`` only."""
+    for module in network.modules():
+        for own in (nn.PReLU, nn.InstanceNorm2d, nn.InstanceNorm3d):
+            if isinstance(module, own):
+                module.__class__ = own
+    return network
+
+
+def plain(
+    network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None, *, fast: bool = False
+) -> Step:
     """All crops in one batch, no privacy."""
+    network = network if fast else stock(network)
     optimizer = torch.optim.SGD(network.parameters(), RATE)
     inputs, truth = images.flatten(0, 1), labels.flatten(0, 1)
 
@@ -158,7 +172,7 @@ def opacus(network: nn.Module, images: Tensor, labels: Tensor, *, functorch: boo
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    model: Any = GradSampleModule(network, force_functorch=functorch)
+    model: Any = GradSampleModule(stock(network), force_functorch=functorch)
     optimizer: Any = DPOptimizer(
         torch.optim.SGD(model.parameters(), RATE),
         noise_multiplier=SIGMA,
@@ -181,7 +195,7 @@ def opacus_ghost(network: nn.Module, images: Tensor, labels: Tensor) -> Step:
     from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-    model: Any = GradSampleModuleFastGradientClipping(network, max_grad_norm=1, use_ghost_clipping=True)
+    model: Any = GradSampleModuleFastGradientClipping(stock(network), max_grad_norm=1, use_ghost_clipping=True)
     optimizer: Any = DPOptimizerFastGradientClipping(
         torch.optim.SGD(model.parameters(), RATE),
         noise_multiplier=SIGMA,
@@ -218,6 +232,7 @@ OPACUS: dict[str, Arm] = {
 BFLOAT16 = torch.bfloat16
 OURS: dict[str, Arm] = {
     "plain": plain,
+    "plain, fast layers": partial(plain, fast=True),
     "loop": partial(engine, kind="loop"),
     "vmap": partial(engine, kind="vmap"),
     "auto": partial(engine, kind="auto"),
