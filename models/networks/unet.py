@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..spec import ModelSection
-from .fast import PReLU
+from .fast import FewChannels2d, PReLU
 
 __all__ = ["FOREGROUND_PRIOR", "SegmentationUNet", "build"]
 
@@ -57,7 +57,17 @@ def build(model: ModelSection, in_channels: int, out_channels: int) -> nn.Module
         dropout=model.dropout,
     )
     _start_at_prior(network, out_channels)
+    if out_channels <= 4:
+        _hasten_last(network)
     return network
+
+
+def _hasten_last(network: nn.Module) -> None:
+    """Give the convolution from classes to classes at full size, if there is one in 2D, the kernel that suits it."""
+    name, last = [(name, module) for name, module in network.named_modules() if isinstance(module, _ConvNd)][-1]
+    if isinstance(last, nn.Conv2d) and last.in_channels == last.out_channels:
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, FewChannels2d.of(last))
 
 
 def _start_at_prior(network: nn.Module, classes: int) -> None:

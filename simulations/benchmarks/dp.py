@@ -104,7 +104,7 @@ def _crops(case: str, device: Device) -> tuple[nn.Module, Tensor, Tensor]:
 def stock(network: nn.Module) -> nn.Module:
     """The network with PyTorch's own layers in place of the fast ones; they differ in ``forward`` only."""
     for module in network.modules():
-        for own in (nn.PReLU, nn.InstanceNorm2d, nn.InstanceNorm3d):
+        for own in (nn.PReLU, nn.Conv2d, nn.InstanceNorm2d, nn.InstanceNorm3d):
             if isinstance(module, own):
                 module.__class__ = own
     return network

@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from fedneuro.models.networks import build_network
-from fedneuro.models.networks.fast import InstanceNorm2d, InstanceNorm3d, PReLU
+from fedneuro.models.networks.fast import FewChannels2d, InstanceNorm2d, InstanceNorm3d, PReLU
 from fedneuro.models.spec import ModelSection
 
 SHAPES = [(3,), (4, 2), (2, 3, 5, 7), (2, 3, 4, 5, 6)]
@@ -103,5 +103,28 @@ def test_instance_norm_is_the_same(ours: type, theirs: type, shape: tuple[int, .
 def test_the_unet_has_them(dims: Literal[2, 3]) -> None:
     network = build_network(ModelSection(name="unet", dims=dims), in_channels=1, out_channels=2, seed=0)
     kinds = {type(module) for module in network.modules()}
+    assert (FewChannels2d in kinds) == (dims == 2)
     assert PReLU in kinds and (InstanceNorm2d if dims == 2 else InstanceNorm3d) in kinds
     assert not kinds & {torch.nn.PReLU, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d}
+
+
+def test_convolution_of_few_channels_is_the_same() -> None:
+    theirs = torch.nn.Conv2d(2, 2, 3, padding=1)
+    ours = FewChannels2d.of(theirs)
+    assert ours.weight is theirs.weight and ours.bias is theirs.bias
+    x = torch.randn(3, 2, 9, 7, generator=torch.Generator().manual_seed(7))
+    results = []
+    for module in (ours, theirs):
+        inputs = x.clone().requires_grad_()
+        out = module(inputs)
+        results.append((out, *torch.autograd.grad((out**3).sum(), [inputs, theirs.weight, theirs.bias])))
+    assert "SlowConv2D" in str(ours(x).grad_fn) and "SlowConv2D" not in str(theirs(x).grad_fn)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+    def loss(parameters: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        return (functional_call(ours, parameters, (images,)) ** 2).mean()
+
+    parameters = {k: v.detach() for k, v in ours.named_parameters()}
+    together = vmap(grad(loss), in_dims=(None, 0))(parameters, x[:, None])["weight"]
+    alone = torch.stack([grad(loss)(parameters, patient[None])["weight"] for patient in x])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,6 @@ from fedneuro.models.metrics import (
     auprc,
     auroc,
     bootstrap,
-    bootstrap_interval,
     brier,
     c_index,
     dice,
@@ -27,6 +26,7 @@ from fedneuro.models.metrics import (
     hausdorff95,
     higher_is_better,
     mean_absolute_error,
+    mean_interval,
     reliability,
     scan_scores,
     sensitivity,
@@ -174,35 +174,47 @@ def test_cohort_metrics_where_they_are_undefined() -> None:
     assert auroc(probabilities[present], targets[present]) == pytest.approx(np.mean(np.array(expected, float)))
 
 
-def test_the_interval_of_a_mean_equals_scipys() -> None:
-    from scipy.stats import bootstrap as oracle
+@pytest.mark.parametrize(("right", "n"), [(30, 30), (0, 30), (27, 30), (6, 8), (1, 1)])
+def test_the_interval_of_a_share_is_jeffreys(right: int, n: int) -> None:
+    """Brown, Cai and DasGupta 2001, section 3.1.3: quantiles of Beta(x + 1/2, n - x + 1/2), where it is the wider.
 
-    values = np.random.default_rng(0).beta(5, 2, 25)
-    expected = oracle((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
-    mean, low, high = bootstrap_interval(values, resamples=20_000, seed=2)
-    assert mean == values.mean()
-    width = high - low
-    assert low == pytest.approx(expected.confidence_interval.low, abs=0.03 * width)
-    assert high == pytest.approx(expected.confidence_interval.high, abs=0.03 * width)
+    Half an unseen patient at 0 and at 1 makes a Dirichlet whose mean is that Beta; the spread of the seen is the
+    unbiased one, √((n + 1) / (n - 1)) of the Beta's.
+    """
+    from scipy.stats import beta
 
-
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """300 cohorts of 40: 95 % nominal, a little less for the percentile method; 86 % or 100 % would be a fault."""
-    rng = np.random.default_rng(3)
-    hits = 0
-    for seed in range(300):
-        _, low, high = bootstrap_interval(rng.normal(0.5, 0.2, 40), resamples=400, seed=seed)
-        hits += low <= 0.5 <= high
-    assert 0.90 <= hits / 300 <= 0.98
+    found = mean_interval([[1.0] * right + [0.0] * (n - right)], seed=0, resamples=20_000, bounds=(0.0, 1.0), fewest=1)
+    low, high = beta.ppf([0.025, 0.975], right + 0.5, n - right + 0.5)
+    assert found.low is not None and found.high is not None and found.method == "bounded"
+    slack = 0.01 + (0 if right in (0, n) else 0.6 * (high - low) / n)
+    assert found.low == pytest.approx(low, abs=slack) and found.high == pytest.approx(high, abs=slack)
 
 
-def test_the_general_bootstrap_agrees_and_is_seeded() -> None:
+def test_a_bounded_interval_knows_that_failures_may_not_have_been_seen() -> None:
+    """Thirty scores about 0.9: none failed, yet one in fifteen may. The bootstrap cannot say so."""
+    values = np.random.default_rng(0).normal(0.9, 0.02, 30)
+    bounded, seen = (mean_interval([values], seed=0, bounds=bounds) for bounds in ((0.0, 1.0), None))
+    assert bounded.low is not None and seen.low is not None and bounded.high is not None and seen.high is not None
+    assert bounded.low < 0.9 * 29 / 31 < seen.low and seen.high - 0.01 < bounded.high < seen.high + 0.02
+    many = mean_interval([np.tile(values, 100)], seed=0, bounds=(0.0, 1.0))
+    assert many.low is not None and many.low > many.mean - 0.002, "with 3000 patients half a one is nothing"
+    mirrored = mean_interval([1 - values], seed=0, bounds=(0.0, 1.0))
+    assert mirrored.high == pytest.approx(1 - bounded.low, abs=0.01)
+    with pytest.raises(ValueError, match="needs bounds"):
+        mean_interval([values], seed=0, method="bounded")
+
+
+def test_the_general_bootstrap_is_seeded() -> None:
     values = np.random.default_rng(0).random(30)
-    general = bootstrap(lambda rows: float(values[rows].mean()), 30, resamples=4000, seed=1)
-    mean, low, high = bootstrap_interval(values, resamples=4000, seed=1)
-    assert general == pytest.approx((mean, low, high), abs=0.01)
-    assert bootstrap_interval(values, resamples=4000, seed=1) == (mean, low, high)
-    assert bootstrap_interval(values, resamples=4000, seed=2) != (mean, low, high)
+
+    def general(seed: int) -> tuple[float, float, float] | None:
+        return bootstrap(lambda rows: float(values[rows].mean()), 30, resamples=1000, seed=seed)
+
+    assert general(1) == general(1) != general(2)
+    mean = mean_interval([values], seed=1, method="percentile", resamples=4000)
+    found = general(1)
+    assert found is not None and mean.low is not None and mean.low < found[1] < found[0] < found[2]
+    assert mean.low == pytest.approx(found[1], abs=0.02), "the level of a mean is widened for few patients"
 
 
 def test_the_general_bootstrap_skips_undefined_resamples() -> None:
@@ -217,12 +229,6 @@ def test_the_general_bootstrap_skips_undefined_resamples() -> None:
     assert (
         bootstrap(lambda rows: 1.0 if np.array_equal(rows, np.arange(12)) else None, 12, resamples=50, seed=0) is None
     )
-
-
-def test_one_patient_has_an_interval_of_no_width() -> None:
-    assert bootstrap_interval(np.array([0.25]), resamples=100, seed=0) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="at least one patient"):
-        bootstrap_interval(np.array([]), resamples=100, seed=0)
 
 
 def test_every_metric_has_a_direction() -> None:
