@@ -58,7 +58,7 @@ class Egress:
         metrics: how often each metric left.
         greetings: how often role, declared size and versions left.
         steps: messages of secure aggregation without a model.
-        statistics: ε of each file of noised statistics that was made to be handed over.
+        statistics: of each file of statistics that was made to be handed over, ε, or None without noise.
         refusals: how often each reason code left.
     """
 
@@ -72,7 +72,7 @@ class Egress:
     metrics: Counter[str] = field(default_factory=Counter)
     greetings: int = 0
     steps: int = 0
-    statistics: list[float] = field(default_factory=list)
+    statistics: list[float | None] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
 
 
@@ -95,7 +95,7 @@ def egress(entries: Sequence[Entry]) -> list[Egress]:
         elif answer == "HelloReply":
             row.greetings += 1
         elif answer == "Statistics":
-            row.statistics.append(entry["epsilon"])
+            row.statistics.append(entry.get("epsilon"))
         elif answer == "Refusal":
             row.refusals[entry["reason"]] += 1
         else:
@@ -114,9 +114,13 @@ def _rows(row: Egress) -> list[tuple[str, str]]:
         ("metrics", ", ".join(counts) or "none"),
         ("role, declared size, versions", f"{row.greetings} times"),
         ("steps of secure aggregation", f"{row.steps}"),
-        ("noised statistics of the data", ", ".join(f"ε {value:.3f}" for value in row.statistics) or "none"),
+        ("statistics of the data", ", ".join(_statistics(value) for value in row.statistics) or "none"),
         ("reason codes", ", ".join(refusals) or "none"),
     ]
+
+
+def _statistics(epsilon: float | None) -> str:
+    return "without noise: counts rounded to 5, percentiles" if epsilon is None else f"noised, ε {epsilon:.3f}"
 
 
 def _title(row: Egress) -> str:
@@ -124,7 +128,14 @@ def _title(row: Egress) -> str:
 
 
 _NOTHING = "Nothing left."
-_END = "Nothing else left: no image, no value of a single patient, no number of patients but the declared one."
+_END = "Nothing else left: no image, no value of a single patient, no number of patients but the declared one{}."
+_COUNTS = " and the rounded ones in statistics without noise"
+
+
+def _end(rows: Sequence[Egress]) -> str:
+    if not rows:
+        return _NOTHING
+    return _END.format(_COUNTS if any(None in row.statistics for row in rows) else "")
 
 
 def egress_text(entries: Sequence[Entry], site: str) -> str:
@@ -132,7 +143,7 @@ def egress_text(entries: Sequence[Entry], site: str) -> str:
     lines = [f"What left hospital {site}: {_span(entries)}"]
     for row in egress(entries):
         lines += ["", _title(row), *(f"  {name:<30} {value}" for name, value in _rows(row))]
-    return "\n".join([*lines, "", _END if len(lines) > 1 else _NOTHING]) + "\n"
+    return "\n".join([*lines, "", _end(egress(entries))]) + "\n"
 
 
 def _span(entries: Sequence[Entry]) -> str:
@@ -159,4 +170,4 @@ th,td{vertical-align:top;border-bottom:1px solid #ddd;padding:.3rem 1rem .3rem 0
 def egress_html(entries: Sequence[Entry], site: str) -> str:
     """One page of what left, as HTML that needs nothing from the network."""
     tables = [(_title(row), _rows(row)) for row in egress(entries)]
-    return _PAGE.render(site=site, span=_span(entries), tables=tables, end=_END if tables else _NOTHING)
+    return _PAGE.render(site=site, span=_span(entries), tables=tables, end=_end(egress(entries)))

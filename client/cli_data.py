@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..privacy.errors import DataError
+from ..privacy.errors import DataError, EnvironmentProblem
+from .cli_policy import Signature, read_signature, read_study
 
 if TYPE_CHECKING:
-    from ..privacy.study import Study
     from .data.dicom import Summary
     from .data.quality import Report
     from .data.register import Registered
-    from .data.statistics import Measured
-    from .settings import SiteSettings
 
 __all__ = ["app"]
 
@@ -96,7 +94,8 @@ def table(
     column: Annotated[list[str], typer.Option("--column", help="Column to take over; may repeat. No other is.")],
     patient: Annotated[str, typer.Option("--patient", help="Column of the patient.")] = "participant_id",
     state: Annotated[
-        Path | None, typer.Option("--state", help="The node's folder, where rows hold hospital numbers.")
+        Path | None,
+        typer.Option("--state", envvar="FEDNEURO_STATE", help="The node's folder, where rows hold hospital numbers."),
     ] = None,
 ) -> None:
     """Take outcome columns over into participants.tsv, such as FeTS partitions or a grade."""
@@ -142,7 +141,7 @@ def register(
     ] = None,
     licence: Annotated[str, typer.Option("--licence", help="Terms of use, for the register.")] = "",
     consent: Annotated[str, typer.Option("--consent", help="Ground on which the data are used.")] = "",
-    role: Annotated[list[str] | None, typer.Option("--role", help="train or heldout; may repeat.")] = None,
+    role: Annotated[list[str] | None, typer.Option("--role", help="train (default) or heldout; may repeat.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Enter the new state of a registered data set.")] = False,
 ) -> None:
     """Enter a data set with a fingerprint of its content; later changes are noticed and named."""
@@ -151,7 +150,7 @@ def register(
     from .data.register import register as enter
 
     try:
-        roles = tuple(Role(word) for word in role or ["train"])
+        roles = tuple(Role(word) for word in role or [])
     except ValueError as error:
         raise BadInput(f"--role {', '.join(role or [])}: expected train or heldout") from error
     entry = enter(state, name, path, size=public_size, licence=licence, consent=consent, roles=roles, update=update)
@@ -233,74 +232,36 @@ def stats(
         float, typer.Option("--epsilon", min=0, help="Private study: what the release may cost each patient.")
     ] = 0.0,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Private study: node.toml, for policy, ledger and audit log.")
+        Path | None, typer.Option("--config", help="node.toml: its policy permits the release, its key signs it.")
     ] = None,
+    signature: Signature = None,
 ) -> None:
     """Show what a data set holds: counts, labels, volumes, grey values, geometry. Nothing leaves."""
     from ..privacy.errors import BadInput
-    from ..privacy.study_file import load_study
+    from .cli_statistics import make_release, node_of
     from .data.quality.page import write_text
     from .data.statistics import measure, summary
-    from .data.statistics import release as released
 
     path, name = _place(data, state)
-    loaded = load_study(study, []) if study else None
-    noised = loaded is not None and loaded.privacy.mode != "none" and release is not None
-    if (epsilon or config) and not noised:
-        raise BadInput("--epsilon and --config belong to a --release for a --study with privacy; leave them out")
-    settings = _permitted(path, loaded, config, epsilon, threshold, site) if loaded and noised else None
+    loaded = read_study(study, None) if study else None
+    if (epsilon or config or signature or site) and release is None:
+        raise BadInput("--epsilon, --config, --signature and --site belong to a --release; leave them out")
+    signed = read_signature(signature) if signature else b""
+    settings = None
+    if release:
+        settings = node_of(path, loaded, config, epsilon=epsilon, threshold=threshold, site=site, signature=signed)
     with _progress("reading") as progress:
         found = measure(path, progress)
     shown = summary(found)
     print(json.dumps(shown, indent=1, ensure_ascii=False))
     if json_out:
         write_text(json_out, json.dumps(shown, indent=1) + "\n")
-    if release and settings and loaded:
-        _tell_noised(found, settings, loaded, epsilon, threshold, release)
-    elif release:
-        told = released(found, site or name, loaded, threshold)
-        write_text(release, told.model_dump_json(indent=1, exclude_none=True) + "\n")
     if release:
-        print(f"to hand over, after you have read it: {release}")
-
-
-def _permitted(
-    path: Path, study: "Study", config: Path | None, epsilon: float, threshold: int, site: str
-) -> "SiteSettings":
-    """The node's settings, for which a noised release is permitted; told before hours of reading."""
-    from ..privacy.errors import BadInput
-    from .data.noised import require_permission
-    from .node_settings import load_node_settings
-
-    if config is None or not epsilon:
-        raise BadInput(
-            f'study {study.study.name} has privacy.mode = "{study.privacy.mode}": numbers of its patients leave with '
-            "noise only, paid for from the ledger; give --epsilon, such as 1, and --config node.toml"
+        text, lines = make_release(
+            found, settings, loaded, name=site or name, epsilon=epsilon, threshold=threshold, signature=signed
         )
-    settings = load_node_settings(config).site_settings()
-    if settings.data.resolve() != path.resolve():
-        raise BadInput(f"{config}: its ledger is of {settings.data}, not of {path}; give that data set, or its node")
-    if site and site != settings.name:
-        raise BadInput(f"--site {site}: {config} says {settings.name}; leave --site out")
-    require_permission(settings, study, epsilon, threshold)
-    return settings
-
-
-def _tell_noised(
-    found: "Measured", settings: "SiteSettings", study: "Study", epsilon: float, threshold: int, release: Path
-) -> None:
-    from .data.noised import release_noised
-    from .data.quality.page import write_text
-
-    answer = release_noised(found, settings, study, epsilon, threshold=threshold)
-    told = answer.told
-    write_text(release, told.model_dump_json(indent=1) + "\n")
-    if answer.again:
-        print("told before: the same numbers again, which cost nothing")
-    print(
-        f"noise of ±{told.noise:.1f} patients in each count; cost: ε = {told.epsilon:g} at δ = {told.delta:g} for each "
-        f"patient, {answer.with_training:.2f} together with the study's training"
-    )
+        write_text(release, text)
+        print("\n".join([*lines, f"to hand over, after you have read it: {release}"]))
 
 
 @app.command()
@@ -331,7 +292,11 @@ def prepare(
         )
     for warning in opened.warnings:
         print(f"warns: {warning}")
-    print(f"{name}: {len(opened.patients)} patients ready in {place}, {len(opened.excluded)} left out")
+    held, scans = opened.kept()
+    ready = f"ready in {place}" if held == scans else f"checked, {held} of {scans} scans ready in {place}"
+    print(f"{name}: {len(opened.patients)} patients {ready}, {len(opened.excluded)} left out")
+    if not held:
+        raise EnvironmentProblem(f"{place} holds none of {scans} scans; give a folder that can be written, with room")
 
 
 def _place(data: str, state: Path | None) -> tuple[Path, str]:

@@ -173,7 +173,7 @@ def doctor(
 
 
 def identity(config: Config = NODE_TOML, as_json: Json = False) -> None:
-    """Print by what other hospitals know this node: the fingerprint of its public key, as their [[peer]] wants it."""
+    """Print by what other hospitals know this node: the fingerprint of its public key, for their node.toml."""
     from ..privacy.identity import fingerprint
     from ..privacy.secagg.keys import Identity
 

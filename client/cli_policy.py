@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .policy_rules import Verdict
     from .settings import SiteSettings
 
-__all__ = ["add_commands"]
+__all__ = ["Signature", "add_commands", "read_signature", "read_study"]
 
 Config = Annotated[Path, typer.Option("--config", help="The node's settings (node.toml).")]
 StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML), or the study.json that a coordinator sent.")]
@@ -49,7 +49,7 @@ def approve(
     from .study_summary import summary
 
     site, path = _site(config)
-    loaded = _study(study, overrides)
+    loaded = read_study(study, overrides)
     for line in summary(loaded, site):
         print(line)
     verdicts = [v for v in judge(load_policy(path), Case(study=loaded, site=site)) if v.rule != "studies"]
@@ -74,7 +74,7 @@ def revoke_approval(
     from .gatekeeper import audit_log
 
     site, path = _site(config)
-    study_hash = study if re.fullmatch(r"[0-9a-f]{64}", study) else _study(Path(study), None).hash
+    study_hash = study if re.fullmatch(r"[0-9a-f]{64}", study) else read_study(Path(study), None).hash
     if not policy_edit.revoke(path, study_hash):
         raise BadInput(f"{path}: study {study_hash[:12]} is not approved by its hash; nothing was changed")
     audit_log(site).append("revoke-approval", study=study_hash)
@@ -88,8 +88,8 @@ def explain(study: StudyFile, config: Config, overrides: Overrides = None, signa
     from .policy_rules import Case, judge
 
     site, path = _site(config)
-    loaded, policy = _study(study, overrides), load_policy(path)
-    signed = _read_signature(signature) if signature else b""
+    loaded, policy = read_study(study, overrides), load_policy(path)
+    signed = read_signature(signature) if signature else b""
     verdicts = judge(policy, Case(study=loaded, site=site, signature=signed))
     _show(verdicts)
     limits = policy.limits
@@ -111,7 +111,7 @@ def forget_rounds(
     from .round_guard import RoundGuard
 
     site, _ = _site(config)
-    study_hash = study if re.fullmatch(r"[0-9a-f]{64}", study) else _study(Path(study), None).hash
+    study_hash = study if re.fullmatch(r"[0-9a-f]{64}", study) else read_study(Path(study), None).hash
     answered = RoundGuard(site.state).forget(study_hash)
     audit_log(site).append("forget-rounds", study=study_hash, round=answered.round)
     print(f"study {study_hash[:12]} may begin anew; the last round that was trained was {answered.round}")
@@ -126,7 +126,12 @@ def _site(config: Path) -> "tuple[SiteSettings, Path]":
     return site, site.policy
 
 
-def _study(path: Path, overrides: list[str] | None) -> "Study":
+def read_study(path: Path, overrides: list[str] | None) -> "Study":
+    """A study from its file (TOML), or from the canonical form that a coordinator sent (``.json``).
+
+    Raises:
+        BadInput: it cannot be read, or is no study.
+    """
     import hashlib
 
     from ..privacy.errors import ContractViolation
@@ -146,7 +151,12 @@ def _study(path: Path, overrides: list[str] | None) -> "Study":
         raise BadInput(f"{path}: {error}") from error
 
 
-def _read_signature(path: Path) -> bytes:
+def read_signature(path: Path) -> bytes:
+    """The coordinator's signature in a file.
+
+    Raises:
+        BadInput: there is none.
+    """
     try:
         return bytes.fromhex(path.read_text(encoding="ascii"))
     except (OSError, ValueError) as error:

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fedneuro-node predict``: a released model on the hospital's own scans."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:  # these import torch, which --help does not need
+    from ..models.spec import TaskSection
+    from .predict import Prediction
 
 __all__ = ["register"]
 
@@ -23,7 +28,7 @@ def predict(
         typer.Option("--key", metavar="PUB", help="The coordinator's public key, which must have signed."),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Score against your own masks in derivatives/, where there are some.")
+        bool, typer.Option("--compare", help="Score against your own masks, or the column of participants.tsv.")
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: the GPU.")] = "auto",
 ) -> None:
@@ -41,5 +46,18 @@ def predict(
     if scores:
         print(f"mean Dice {sum(scores) / len(scores):.3f} over {len(scores)} scans with masks of your own")
     elif compare:
-        print("no scan has a mask of your own to compare with")
+        print(_compared(released.study.task, data, rows) or "nothing of your own to compare with: no mask, no column")
     print(f"{out}: {len(rows)} scans. {NOTICE}")
+
+
+def _compared(task: "TaskSection", data: Path, rows: "Sequence[Prediction]") -> str:
+    """Classes and outcomes against ``participants.tsv``, in a line; empty where there is nothing to compare."""
+    from .agreement import agreement, known_of
+    from .data.bids import read_participants
+
+    if task.kind == "segmentation":
+        return ""
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        found.setdefault(row.scan.partition("_")[0], []).append([row.values[name] for name in task.outputs])
+    return agreement(known_of(read_participants(data), list(found), task), found, task)

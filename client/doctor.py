@@ -79,7 +79,7 @@ def _versions(settings: NodeSettings) -> Iterator[Finding]:
     if bundle_hash(bundle()) == settings.runner.bundle:
         yield passed("versions", f"{seen}: the coordinator's")
     else:
-        remedy = "install the versions that the coordinator names, or enrol again after both sides updated"
+        remedy = "install the version that the coordinator names, then: fedneuro-node renew"
         yield fail("versions", f"{seen}: the coordinator's app bundle is of others", remedy)
 
 

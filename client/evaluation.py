@@ -95,6 +95,9 @@ def _scores(study: Study, results: Mapping[str, PatientResult]) -> PatientScores
     kept: PatientScores = {}
     for patient, result in results.items():
         kept[patient] = dict(result.scores)
+        if study.task.kind == "segmentation":
+            kept[patient] |= {} if result.millilitres is None else {"reference_ml": result.millilitres}
+            kept[patient] |= {f"absent_{label}": 1.0 for label in study.task.labels if label not in result.drawn}
         if result.probability is not None:
             right = result.probability.argmax() == result.target and not result.failure
             kept[patient] |= {"accuracy": float(right), "class": float(result.target)}

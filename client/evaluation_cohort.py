@@ -5,6 +5,7 @@ They do not leave as such: :mod:`.metric_release` decides what does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def cohort_estimates(study: Study, names: Sequence[str], results: Results, thres
     """
     if study.task.kind == "segmentation":
         keys = dict.fromkeys(key for result in results.values() for key in result.scores)
-        found = {key: _mean(study, [r.scores[key] for r in results.values() if key in r.scores]) for key in keys}
+        found = {key: _mean(study, key, [r.scores[key] for r in results.values() if key in r.scores]) for key in keys}
         return {key: estimate for key, estimate in found.items() if estimate is not None}
     found = {name: _of_cohort(study, name, list(results.values()), threshold) for name in names}
     exact = {name: estimate for name, estimate in found.items() if estimate is not None}
@@ -48,7 +49,7 @@ def cohort_estimates(study: Study, names: Sequence[str], results: Results, thres
 def failure_estimate(study: Study, results: Results) -> dict[str, Estimate]:
     """The share of patients on whom inference failed; empty where it never did."""
     failed = [float(bool(result.failure)) for result in results.values()]
-    estimate = _mean(study, failed) if any(failed) else None
+    estimate = _mean(study, FAILURES, failed) if any(failed) else None
     return {FAILURES: estimate} if estimate else {}
 
 
@@ -69,7 +70,7 @@ def strata_estimates(
         for cell in dict.fromkeys(of_patient.values()):
             inside = [results[patient] for patient, own in of_patient.items() if own == cell]
             if study.task.kind == "segmentation":
-                estimate = _mean(study, [r.scores[name] for r in inside if name in r.scores])
+                estimate = _mean(study, name, [r.scores[name] for r in inside if name in r.scores])
             else:
                 estimate = _of_cohort(study, name, inside, threshold)
             if estimate is not None:
@@ -77,13 +78,17 @@ def strata_estimates(
     return found
 
 
-def _mean(study: Study, values: Sequence[float]) -> Estimate | None:
+def _mean(study: Study, name: str, values: Sequence[float]) -> Estimate | None:
+    """A mean over patients with its interval; of one patient alone, a distance and the like has one of no width."""
     if not values:
         return None
-    mean, low, high = m.bootstrap_interval(
-        np.array(values), resamples=study.evaluation.bootstrap, seed=study.study.seed
+    evaluation, bounds = study.evaluation, (0.0, 1.0) if name == FAILURES else m.bounds_of(name)
+    method = None if evaluation.interval == "auto" else evaluation.interval
+    found = m.mean_interval(
+        [values], seed=study.study.seed, resamples=evaluation.bootstrap, method=method, bounds=bounds, fewest=1
     )
-    return Estimate(mean=mean, low=low, high=high, n=len(values))
+    low, high = (found.mean if end is None else end for end in (found.low, found.high))
+    return Estimate(mean=found.mean, low=low, high=high, n=len(values))
 
 
 def _of_cohort(study: Study, name: str, results: Sequence[PatientResult], threshold: float) -> Estimate | None:
@@ -98,7 +103,7 @@ def _of_outcomes(study: Study, name: str, results: Sequence[PatientResult], _: f
         return None
     predicted, observed, event = (np.array(values) for values in zip(*known, strict=True))
     if name == "mae":
-        return _mean(study, np.abs(predicted - observed).tolist())
+        return _mean(study, name, np.abs(predicted - observed).tolist())
     resampling = {"resamples": study.evaluation.bootstrap, "seed": study.study.seed}
     if name == "c_index":  # a short time without the event is a high risk
         found = m.c_index_interval(-predicted, observed, event, **resampling)
@@ -122,13 +127,31 @@ def _statistic(study: Study, name: str, results: Sequence[PatientResult], thresh
     if name not in statistics or not results:
         return None
     p, t = _arrays(results)
+    if (counted := _share(name, p, t, threshold)) is not None and statistics[name](p, t) is not None:
+        share = _mean(study, "accuracy", counted)
+        return None if share is None else replace(share, n=len(t))
     interval = m.bootstrap(
         lambda rows: statistics[name](p[rows], t[rows]),
         len(t),
         resamples=study.evaluation.bootstrap,
         seed=study.study.seed,
     )
-    return None if interval is None else Estimate(mean=interval[0], low=interval[1], high=interval[2], n=len(t))
+    if interval is None:
+        return None
+    value, *ends = interval
+    if name == "auroc":
+        ends = list(m.perfect_ends(value, int(np.unique(t, return_counts=True)[1].min())) or ends)
+    return Estimate(mean=value, low=ends[0], high=ends[1], n=len(t))
+
+
+def _share(name: str, p: NDArray[np.float64], t: NDArray[np.int64], threshold: float) -> list[float] | None:
+    """The patients of whom a metric is the share that is right, as 0 and 1; None: it is no such share."""
+    right = (p[:, 1] >= threshold) == (t == 1) if p.shape[1] == 2 else None
+    if name == "accuracy":
+        return [float(found) for found in p.argmax(1) == t]
+    if right is not None and name in ("sensitivity", "specificity"):
+        return [float(found) for found in right[t == (name == "sensitivity")]]
+    return None
 
 
 def _arrays(results: Sequence[PatientResult]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -42,6 +42,7 @@ class PatientResult:
         outcome: regression, survival: what became of the patient.
         failure: why inference failed; empty where it did not.
         millilitres: segmentation: volume of all lesions of the first scan, 0 for none; None: voxel size unknown.
+        drawn: segmentation: labels that the reference of a scan holds.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class PatientResult:
     outcome: Outcome | None = None
     failure: str = ""
     millilitres: float | None = None
+    drawn: set[str] = field(default_factory=set)
 
 
 SeeScan = Callable[[str, Scan, NDArray[np.int64] | NDArray[np.float64], dict[str, float]], None]
@@ -107,6 +109,7 @@ def _segmented(
     result, rules, scores = PatientResult(), scan_rules(session.study), dict[str, list[float]]()
     for scan in scans:
         truth = scan.label.numpy()
+        result.drawn |= {label for value, label in enumerate(rules.labels, 1) if (truth == value).any()}
         if result.millilitres is None and scan.spacing is not None:
             result.millilitres = int(np.count_nonzero(truth)) * float(np.prod(scan.spacing)) / MM3_PER_ML
         try:

@@ -14,21 +14,23 @@ processes hold is on disk: ledger, audit log, rounds answered. Nothing outlives 
 """
 
 import logging
+import math
 import os
 import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from ..privacy.processes import Processes, claim_port, ending
+from ..privacy.upkeep import QUIET_FLOWER, Kept
 from .integrity import require_integrity
 from .node_settings import NodeSettings
 from .run_folder import RunFolder, claim_identity
 
-__all__ = ["ENVIRONMENT", "serve_node", "supernode_arguments"]
+__all__ = ["serve_node", "supernode_arguments"]
 
 LOOK_SECONDS = 0.2
 STEADY_SECONDS = 30.0
@@ -40,28 +42,7 @@ SEND_SECONDS = 120.0
 """For the last reply on its way to the coordinator."""
 LOG_BYTES = 20 * 1024**2
 """A log that is longer when its process starts becomes ``NAME.log.1``."""
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "NO_COLOR": "1",
-    "PYTHONUNBUFFERED": "1",
-}
 _log = logging.getLogger("fedneuro.start")
-
-
-@dataclass(slots=True)
-class _Child:
-    """One supervised process."""
-
-    name: str
-    entry: str
-    arguments: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-    since: float = 0.0
-    failures: int = 0
-    starts: int = 0
-    again: float | None = None
-    ended: str = ""
 
 
 def supernode_arguments(settings: NodeSettings) -> list[str]:
@@ -73,6 +54,7 @@ def supernode_arguments(settings: NodeSettings) -> list[str]:
     if link.certificate and link.certificate_key:
         arguments += ["--client-certificate", link.certificate, "--client-key", link.certificate_key]
         arguments += ["--revocations", link.revocations] if link.revocations else []
+    arguments += ["--lease", str(RunFolder(Path(settings.site.state)).path / "lease.json")]
     policy = settings.site_settings().policy
     return arguments + (["--policy", str(policy)] if policy else [])
 
@@ -94,7 +76,7 @@ def serve_node(settings: NodeSettings, config: Path) -> None:
         stack.callback(claim_identity(Path(settings.superlink.key)).close)
         claim_port(settings.runner.port)
         logs = Path(settings.site.state) / "logs"
-        node = _Node(settings, config.resolve(), folder, stack.enter_context(Processes(logs, ENVIRONMENT)))
+        node = _Node(settings, config.resolve(), folder, stack.enter_context(Processes(logs, QUIET_FLOWER)))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, node.told)
         node.run()
@@ -106,11 +88,13 @@ class _Node:
     def __init__(self, settings: NodeSettings, config: Path, folder: RunFolder, processes: Processes) -> None:
         self._settings, self._folder, self._processes = settings, folder, processes
         home = {"FLWR_HOME": str(Path(settings.site.state) / "flower")}
-        link = supernode_arguments(settings)
+        link, own = supernode_arguments(settings), ["run", "--config", str(config)]
+        begin = processes.start
         self._children = [
-            _Child("runner", "fedneuro.client.cli:main", ["run", "--config", str(config)]),
-            _Child("supernode", "fedneuro.client.supernode:main", link, home),
+            Kept("runner", partial(begin, "runner", "fedneuro.client.cli:main", own)),
+            Kept("supernode", partial(begin, "supernode", "fedneuro.client.supernode:main", link, home)),
         ]
+        self._ended: dict[str, str] = {}
         self._since = time.time()
         self._stop = ""
 
@@ -147,37 +131,30 @@ class _Node:
             while self._stop == "drain" and self._processes.code(name) is None and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS)
 
-    def _begin(self, child: _Child) -> None:
+    def _begin(self, child: Kept) -> None:
         log = self._processes.log(child.name)
         with suppress(OSError):
             if log.stat().st_size > LOG_BYTES:
                 log.replace(log.with_suffix(".log.1"))
         try:
-            self._processes.start(child.name, child.entry, child.arguments, child.env)
+            child.begin()
         except OSError as error:  # a full disk, no more processes: try again later
-            child.ended = f"cannot be started ({error.strerror})"
-            child.failures += 1
-            child.again = time.monotonic() + LONGEST_PAUSE
+            self._ended[child.name] = f"cannot be started ({error.strerror})"
+            child.put_off(lambda _: LONGEST_PAUSE, steady=math.inf)
             return
-        child.since, child.again = time.monotonic(), None
-        child.starts += 1
         self._publish("running")
 
-    def _look_after(self, child: _Child) -> None:
-        now = time.monotonic()
+    def _look_after(self, child: Kept) -> None:
         if child.again is not None:
-            if now >= child.again:
+            if child.due:
                 self._begin(child)
             return
         if (code := self._processes.code(child.name)) is None:
             return
         self._processes.stop(child.name)  # and what it left behind in its session
-        steady = now - child.since > STEADY_SECONDS
-        child.failures = 0 if steady else child.failures + 1
-        pause = 0.0 if steady else _pause(child.failures)
-        child.ended = f"{ending(code)}: {self._processes.last_line(child.name)}"
-        _log.warning("%s %s; again in %.0f s", child.name, child.ended, pause)
-        child.again = now + pause
+        pause = child.put_off(_pause, steady=STEADY_SECONDS)
+        self._ended[child.name] = f"{ending(code)}: {self._processes.last_line(child.name)}"
+        _log.warning("%s %s; again in %.0f s", child.name, self._ended[child.name], pause)
         self._publish("running")
 
     def _publish(self, state: str) -> None:
@@ -186,7 +163,7 @@ class _Node:
                 "pid": self._processes.pid(child.name) if child.starts and child.again is None else None,
                 "starts": child.starts,
                 "failures": child.failures,
-                "ended": child.ended,
+                "ended": self._ended.get(child.name, ""),
             }
             for child in self._children
         }

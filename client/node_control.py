@@ -105,7 +105,7 @@ def _warnings(status: dict[str, Any], children: dict[str, Any], runner: dict[str
             found.append(f"{name} fails again and again: {child.get('ended', '')[:200]}")
         if _DUPLICATE.search(child.get("ended", "")) and name == "supernode":
             found.append(
-                "the coordinator sees another node with this key: is it running elsewhere? (after a crash: wait)"
+                "the coordinator sees another node with this key: is it running elsewhere? (or restarted? wait)"
             )
     if crashes := runner.get("child", {}).get("crashes"):
         found.append(f"the process that trains was replaced {crashes} times; see logs/runner.log")

@@ -98,6 +98,7 @@ class ReplyPart(Part):
     metrics: tuple[Metric, ...] = Field(default=(), strict=False)
     exact_metrics: bool = False
     strata: bool = False
+    statistics: bool = False
     training_loss: bool = False
 
 

@@ -63,6 +63,7 @@ metrics = [                      # means over patients
 ]
 exact_metrics = true             # false: only metrics that carry noise (privacy.metrics = "noise" in the study)
 strata = false                   # true: the first metric also by age, sex, scanner and lesion size, from 5 patients on
+statistics = false               # true: of the data set, as a file that staff make (fedneuro-node data stats --release)
 training_loss = false            # of a study without privacy; never leaves a private one
 
 [limits]

@@ -24,9 +24,7 @@ import torch
 from torch import nn
 
 from ..models.metrics import dice
-from ..models.networks import build_network
 from ..models.spec import OUTCOMES
-from ..models.state import load_arrays
 from ..privacy.errors import BadInput, DataError, EnvironmentProblem
 from ..privacy.release_pack import Released, open_released
 from ..privacy.study import Study
@@ -44,7 +42,7 @@ NOTICE = "Not a medical device; not for diagnosis. Predictions stay on this mach
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One scan. ``values``: ml or probability by label; ``dice``: against the hospital's own mask, where compared."""
+    """One scan. ``values``: ml or probability by label, or the outcome; ``dice``: against the hospital's own mask."""
 
     scan: str
     file: str
@@ -74,7 +72,7 @@ def predict(
         released: as :func:`~fedneuro.privacy.release_pack.open_released` gives it.
         data: BIDS folder; only read. Masks are not needed.
         out: a new or empty folder.
-        compare: score against masks where there are some (segmentation).
+        compare: score against the hospital's own masks, classes or outcomes, where there are some.
         device: ``auto``, ``cpu`` or ``cuda``.
         tell: takes one line per scan.
 
@@ -143,13 +141,7 @@ def _model(released: Released, wanted: str) -> _Model:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem("--device cuda: PyTorch sees no GPU here; use cpu, or see fedneuro-node doctor")
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    channels = len(study.data.modalities)
-    network = build_network(study.model, in_channels=channels, out_channels=study.task.channels, seed=study.study.seed)
-    try:
-        load_arrays(network, released.arrays)
-    except ValueError as error:
-        raise EnvironmentProblem(f"this version of FedNeuro builds another network than the run's: {error}") from error
-    return _Model(study, network.to(device).eval(), device)
+    return _Model(study, released.network().to(device), device)
 
 
 def _one(model: _Model, files: ScanFiles, out: Path, *, compare: bool) -> Prediction:

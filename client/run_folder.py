@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..privacy.errors import EnvironmentProblem
+from ..privacy.file_lock import is_locked
 
 __all__ = ["Held", "RunFolder", "claim_identity"]
 
@@ -89,17 +90,7 @@ class RunFolder:
 
     def is_held(self, name: str) -> bool:
         """Whether a live process has the lock ``name``."""
-        try:
-            descriptor = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self.path / f"{name}.lock")
 
     # -- what processes say ----------------------------------------------------------------------------
 

@@ -3,19 +3,20 @@
 
 Beside them ``--client-certificate`` and ``--client-key``: what it shows to the coordinator's guard
 (:mod:`.mutual_tls`); ``--revocations``: what the coordinator's root took back (:mod:`.revocations`); ``--bundle``:
-SHA-256 of the only app bundle whose settings are read at all, so that a zip bomb in another one is never opened; and
-``--policy``: the hospital's, for how large a message may be (:mod:`.message_bounds`). On SIGUSR1 it sends the reply in
-hand, and ends when none is.
+SHA-256 of the only app bundle whose settings are read at all, so that a zip bomb in another one is never opened;
+``--policy``: the hospital's, for how large a message may be (:mod:`.message_bounds`); and ``--lease``: a note for the
+SuperNode that is started after this one died (:mod:`.lease`). On SIGUSR1 it sends the reply in hand, and ends when
+none is.
 
 Flower 1.41 pauses for a fixed 3 s between two looks for a message and for 0.5 s between two looks for the
 reply (``flwr/supernode/start_client_internal.py``); a round of two messages loses up to seven seconds to it.
-This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, then calls
-Flower's own entry point. The look for a part of a message that is on its way begins sooner too
-(:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`), and a link that breaks during a TLS handshake is a broken
-link (:func:`keep_trying`), a message whose run ends while it is on its way is put aside (:func:`put_aside_ended_runs`),
-and every other message is answered, also where the runner dies (:mod:`.lost_tasks`);
-nothing else is touched. Contract tests read Flower's source and fail if what is changed is
-no longer where it was.
+This launcher gives that one module a clock whose pauses follow :class:`~fedneuro.privacy.pace.Pace`, and are the
+shortest where the coordinator holds a look until there is a message; then it calls Flower's own entry point. The look
+for a part of a message that is on its way begins sooner too (:func:`~fedneuro.privacy.flower_tasks.quicken_transfers`),
+and a link that breaks during a TLS handshake is a broken link (:func:`keep_trying`), a message whose run ends while it
+is on its way is put aside (:func:`put_aside_ended_runs`), and every other message is answered, also where the runner
+dies (:mod:`.lost_tasks`). The runner's requests pass through less (:mod:`fedneuro.privacy.light_layers`). Nothing else
+is touched. Contract tests read Flower's source and fail if what is changed is no longer where it was.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..privacy.flower_tasks import quicken_transfers
+from ..privacy.light_layers import lighten_layers, take_values_at_once
 from ..privacy.pace import Pace
+from .lease import end_lost_lease
 from .lost_tasks import RunnerWatch, answer_lost_tasks
 from .message_bounds import bound_answers, bound_messages, largest_message
 from .mutual_tls import present_certificate
@@ -50,6 +53,8 @@ __all__ = [
 IDLE_PAUSE = 3
 REPLY_PAUSE = 0.5
 """Flower's own pauses in seconds, by which the two places are told apart."""
+HELD_SECONDS = 1.0
+"""A look for a message that took longer was held by the coordinator."""
 DRAIN_SECONDS = 5.0
 """How long an ending SuperNode waits for a reply that no runner gives any more."""
 
@@ -71,22 +76,24 @@ def shorten_pauses(wait: Callable[[float], None] = time.sleep) -> None:
     from flwr.supernode import start_client_internal as loop
 
     idle, reply = Pace(shortest=0.08), Pace(shortest=0.01, longest=0.25)
-    last = ""
+    last, woke = "", time.monotonic()
 
     def sleep(seconds: float) -> None:
         """A pause of the other kind than the last one means that something was received or sent."""
-        nonlocal last
+        nonlocal last, woke
+        held = last == "idle" and time.monotonic() - woke > HELD_SECONDS
         if seconds not in (IDLE_PAUSE, REPLY_PAUSE):
             raise RuntimeError(f"the SuperNode pauses for {seconds} s, which Flower 1.41 does not")
         _connected[:] = [True]
         kind, pace = ("idle", idle) if seconds == IDLE_PAUSE else ("reply", reply)
-        if kind != last:
+        if kind != last or held:
             pace.news()
             last = kind
         if _draining and (kind == "idle" or time.monotonic() - _draining[0] > DRAIN_SECONDS):
             _draining.clear()
             _leave()
         (wait if kind == "reply" else time.sleep)(pace.pause())
+        woke = time.monotonic()
 
     loop.__dict__["time"] = SimpleNamespace(sleep=sleep)
 
@@ -227,15 +234,20 @@ def main() -> int:
     own.add_argument("--revocations", type=Path)
     own.add_argument("--bundle")
     own.add_argument("--policy", type=Path)
+    own.add_argument("--lease", type=Path)
     own.add_argument("--superexec-auth-secret-file", type=Path)  # Flower's own, read here too
     options, rest = own.parse_known_args()
     bound_answers()
     if options.client_certificate and options.client_key:
         present_certificate(options.client_certificate, options.client_key, options.revocations)
+    if options.lease:
+        end_lost_lease(options.lease)
     keep_trying()
     put_aside_ended_runs()
     answer_lost_tasks()
     quicken_transfers()
+    lighten_layers({})
+    take_values_at_once()
     if options.superexec_auth_secret_file:
         watch = RunnerWatch(options.superexec_auth_secret_file)
         bound_messages(largest_message(options.policy), watch.refused)

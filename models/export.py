@@ -10,6 +10,7 @@ Reference: ONNX 1.16, https://onnx.ai/onnx; opset :data:`OPSET`.
 
 import inspect
 import io
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,13 +53,20 @@ def network_sources(model: ModelSection) -> dict[str, str]:
     """Python modules that build the network with MONAI and PyTorch alone, by file name.
 
     ``NETWORK.py`` is the module of :mod:`fedneuro.models.networks` that built it here, word for word but for one
-    import; ``spec.py`` stands in for that import. ``NETWORK.build(ModelSection(…), in_channels, out_channels)``.
+    import; ``spec.py`` stands in for that import. Modules beside it that it imports come along as they are.
+    ``NETWORK.build(ModelSection(…), in_channels, out_channels)``.
     """
     module = sys.modules[BUILDERS[model.name].__module__]
     source, ours = inspect.getsource(module), "from ..spec import ModelSection"
     if source.count(ours) != 1:
         raise ValueError(f"{module.__name__} imports more of FedNeuro than its section")
-    return {f"{model.name}.py": source.replace(ours, "from .spec import ModelSection"), "spec.py": _STAND_IN}
+    files = {f"{model.name}.py": source.replace(ours, "from .spec import ModelSection"), "spec.py": _STAND_IN}
+    for name in re.findall(r"^from \.(\w+) import", source, re.MULTILINE):
+        part = inspect.getsource(import_module(f".{name}", module.__package__))
+        if re.search(r"^(from \.|import fedneuro|from fedneuro)", part, re.MULTILINE):
+            raise ValueError(f"{module.__package__}.{name} imports more of FedNeuro, which a bundle does not hold")
+        files[f"{name}.py"] = part
+    return files
 
 
 def state_file(network: nn.Module) -> bytes:

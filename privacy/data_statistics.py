@@ -2,7 +2,8 @@
 """What a hospital may tell of its data set beside its public size: a file of its own, never part of a training message.
 
 It is made by ``fedneuro-node data stats --release``, at the hospital, which reads it before it hands it over. Every
-field is listed and bounded here, and both sides check it. Disclosure rules, for a threshold of k patients:
+field is listed and bounded here, and both sides check it; with the node's settings it passes the policy and the audit
+log, and is sealed with the node's key (:mod:`.site_seals`). Disclosure rules, for a threshold of k patients:
 
 - a group (a modality, a label) of fewer than k patients is left out, and so are its quantiles;
 - counts of patients are rounded to multiples of 5, so that differences of counts tell nothing of one patient either;
@@ -20,8 +21,10 @@ from pydantic import Field, model_validator
 
 from ..models.spec import Section, contradiction
 
-__all__ = ["LEAST", "ROUNDING", "Group", "LabelGroup", "Quantiles", "Released", "quantiles", "rounded_count"]
+__all__ = ["LEAST", "PURPOSE", "ROUNDING", "Group", "LabelGroup", "Quantiles", "Released", "quantiles", "rounded_count"]
 
+PURPOSE: Final = "statistics"
+"""What such a file is, under its seal (:mod:`.site_seals`) and in the audit log."""
 LEAST: Final = 5
 """Smallest threshold that a hospital can choose."""
 ROUNDING: Final = 5
@@ -67,6 +70,8 @@ class Released(Section):
 
     format: Literal[1] = 1
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    study: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Hash of the study that it is for, or empty."""
     threshold: int = Field(ge=LEAST, le=10_000)
     patients: Count
     modalities: dict[Name, Group] = Field(max_length=64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file, one writer at a time: the lock of the ledger and of the audit log."""
+"""Locks of the kernel (flock(2)), which end with their process: one writer of ledger and audit log; who is alive."""
 
 import fcntl
 import os
@@ -10,10 +10,25 @@ from pathlib import Path
 
 from .errors import EnvironmentProblem
 
-__all__ = ["PATIENCE", "locked_file"]
+__all__ = ["PATIENCE", "is_locked", "locked_file"]
 
 PATIENCE = 60.0
 """Seconds that are waited for another process."""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process holds the file; False also where there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not see each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 
 from .errors import EnvironmentProblem
 
-__all__ = ["Processes", "become", "claim_port", "ending"]
+__all__ = ["Processes", "become", "claim_port", "end_with_parent", "ending"]
 
 PATIENCE_SECONDS = 6.0
 """Flower's own processes end within five seconds of a signal."""
@@ -157,14 +157,23 @@ def _signal_group(child: "subprocess.Popen[bytes]", number: signal.Signals) -> N
         os.killpg(child.pid, number)
 
 
-def _run_child(parent: int, name: str, entry: str, arguments: list[str]) -> None:
-    """Bind this process to its parent, then become ``entry``."""
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process when its parent ends, however that ends.
+
+    Args:
+        parent: its process id; the thread that started this one must live as long.
+    """
     try:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except AttributeError:  # not Linux: look now and then
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if os.getppid() != parent:
         sys.exit(1)  # the parent died before the kernel knew
+
+
+def _run_child(parent: int, name: str, entry: str, arguments: list[str]) -> None:
+    """Bind this process to its parent, then become ``entry``."""
+    end_with_parent(parent)
     module, function = entry.split(":")
     sys.argv = [name, *arguments]
     try:

@@ -19,16 +19,19 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from ..models.state import digest, load_saved
-from .errors import BadInput, Refused
+from ..models.state import digest, load_arrays, load_saved
+from .errors import BadInput, EnvironmentProblem, Refused
 from .manifest import MANIFEST, MODEL, Finding, Manifest, file_digest, require, verify_manifest
 from .seals import Hex64, check_seal, read_sealed
 from .study import Study
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "PURPOSE",
@@ -76,6 +79,24 @@ class Released:
     arrays: dict[str, NDArray[Any]]
     manifest: Manifest
     signed: str
+
+    def network(self) -> "nn.Module":
+        """The weights in the study's network, in evaluation mode.
+
+        Raises:
+            EnvironmentProblem: this version of FedNeuro builds another network.
+        """
+        from ..models.networks import build_network
+
+        channels, model = len(self.study.data.modalities), self.study.model
+        seed = self.study.study.seed
+        network = build_network(model, in_channels=channels, out_channels=self.study.task.channels, seed=seed)
+        try:
+            load_arrays(network, self.arrays)
+        except ValueError as error:
+            text = f"this version of FedNeuro builds another network than the run's: {error}"
+            raise EnvironmentProblem(text) from error
+        return network.eval()
 
 
 def sums_text(files: Mapping[str, str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of a consortium: ``init``, ``invite``, ``sites``, ``revoke``, ``rotate``, ``start``, ``proxy``."""
+"""The commands of a consortium: ``init``, ``invite``, ``sites``, ``revoke``, ``rotate``, ``start``, its files."""
 
 import logging
 import sys
@@ -243,9 +243,22 @@ def proxy(
     print(nginx_config(Consortium(config)), end="")
 
 
+def unit(
+    kind: Annotated[str, typer.Argument(metavar="systemd", help="Which program's service file.")],
+    config: Folder = HERE,
+) -> None:
+    """Print a hardened service file for `start`."""
+    from .consortium import Consortium
+    from .unit import unit_text
+
+    if kind != "systemd":
+        raise BadInput(f"{kind[:40]!r}: only systemd is known")
+    print(unit_text(Consortium(config)), end="")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to ``fedneuro-server``."""
-    for command in (init, start, invite, sites, revoke, rotate, proxy):
+    for command in (init, start, invite, sites, revoke, rotate, proxy, unit):
         app.command()(command)
 
 

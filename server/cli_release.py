@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fedneuro-server verify`` and ``release``: evidence that anyone can check, and a pack that can be handed on."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,6 +80,7 @@ def release(
 ) -> None:
     """Make a signed release of a finished run: MONAI bundle, ONNX, model card, evidence. Exit code 3: not verified."""
     from .release import ReleaseOptions, make_release
+    from .scores import final_scores
 
     folder = _folder(run, config)
     signer = _signer(folder, config, key, passphrase_file, passphrase_fd)
@@ -91,6 +93,8 @@ def release(
     made = make_release(folder, out, signer, options)
     for what, seen in made.checks.items():
         print(f"{what:<10} {seen}")
+    for score in final_scores(json.loads((out / "results.json").read_text(encoding="utf-8"))):
+        print(f"{'held out':<10} {score}")
     print(f"{out}: {len(made.files)} files, signed; check with: fedneuro-server verify {out}")
 
 

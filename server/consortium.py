@@ -194,6 +194,8 @@ class Consortium:
             revoked += [(certificate.serial_number, datetime.now(UTC)) for certificate in present.values()]
         content = root.revocations(revoked, number=number, lifetime=ROOT_LIFETIME)
         replace_file(self.folder / "ca" / "root.crl", content, mode=0o644)
+        if take_back:
+            self.registry.take_back(list(present))
         return number
 
     def check_secure(self) -> None:

@@ -1,50 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hospitals told of their data sets, side by side. Each file is checked against what may be told at all.
 
-The files come by hand, after the hospital's staff have read them; no message of a study carries them. Percentiles of
-hospitals cannot be pooled, so they stand beside each other; rounded counts are added up. Files of a private study hold
-noised histograms on common bins, which are added up (:mod:`fedneuro.privacy.noised_statistics`).
+The files come by hand, after the hospital's staff have read them; no message of a study carries them. Each is sealed
+with the key of the hospital's node (:mod:`fedneuro.privacy.site_seals`), which the consortium's registry knows: whose
+it is, and that nobody changed it, need not be taken on trust. Percentiles of hospitals cannot be pooled, so they stand
+beside each other; rounded counts are added up. Files of a private study hold noised histograms on common bins, which
+are added up (:mod:`fedneuro.privacy.noised_statistics`).
 """
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
-from ..privacy.data_statistics import Quantiles, Released
-from ..privacy.errors import DataError
-from ..privacy.noised_statistics import Noised, pooled
+from ..privacy.data_statistics import PURPOSE, Quantiles, Released
+from ..privacy.errors import DataError, FedNeuroError, Refused
+from ..privacy.noised_statistics import Noised, pooled, questions
+from ..privacy.site_seals import SiteSealed, check_site_seal, content_digest, read_site_sealed
+from ..privacy.study import Study
 
-__all__ = ["added_up", "beside_each_other", "read_released"]
-
-MAX_BYTES: Final = 1 << 20
-_NOISED: Final = re.compile(rb'"format"\s*:\s*2\b')
+__all__ = ["Told", "added_up", "beside_each_other", "check_study", "read_told"]
 
 
-def read_released(path: Path) -> Released | Noised:
+@dataclass(frozen=True, slots=True)
+class Told:
     """One hospital's file.
 
-    Raises:
-        DataError: it cannot be read, or holds something that may not be told.
+    Attributes:
+        content: what it says.
+        digest: SHA-256 of the content, as it stands in the hospital's audit log.
+        key: fingerprint of the node that signed it; empty: nobody did.
     """
+
+    content: Released | Noised
+    digest: str
+    key: str
+
+
+def read_told(path: Path, known: Mapping[str, str], *, unsigned: bool = False) -> Told:
+    """One hospital's file, its seal checked.
+
+    Args:
+        path: of the file.
+        known: fingerprint of the node of every hospital whose word counts, by its name.
+        unsigned: a file without a seal is taken too; whose it is then nobody can say.
+
+    Raises:
+        BadInput: it cannot be read.
+        DataError: it holds something that may not be told.
+        Refused: it is not signed by the node of the hospital that it names.
+    """
+    found = read_site_sealed(path)
     try:
-        raw = path.read_bytes()[: MAX_BYTES + 1]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file that a hospital released") from error
-    if len(raw) > MAX_BYTES:
-        raise DataError(f"{path}: over {MAX_BYTES >> 20} MiB; expected a file of fedneuro-node data stats --release")
-    try:
-        return (Noised if _NOISED.search(raw) else Released).model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        kind = Noised if found.content.get("format") == 2 else Released
+        content = kind.model_validate_json(json.dumps(found.content))
+    except (ValidationError, RecursionError) as error:
+        where, what = "the file", "nested too deep"
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            where, what = ".".join(map(str, first["loc"])) or where, first["msg"]
         raise DataError(
-            f"{path}: not what a hospital may tell ({where}: {first['msg']}); expected a file of fedneuro-node data "
+            f"{path}: not what a hospital may tell ({where}: {what}); expected a file of fedneuro-node data "
             "stats --release; ask for it again"
         ) from error
+    return Told(content, content_digest(found.content), _signer(path, found, content, known, unsigned=unsigned))
+
+
+def _signer(
+    path: Path, found: SiteSealed, content: Released | Noised, known: Mapping[str, str], *, unsigned: bool
+) -> str:
+    site = content.site
+    if found.seal is None:
+        if unsigned:
+            return ""
+        raise Refused(
+            f"{path}: is not signed, so anybody may have written it in the name of {site}; let {site} make it with "
+            "--config node.toml, or give --unsigned if you know whose it is"
+        )
+    if site not in known:
+        raise Refused(
+            f"{path}: no node of {site} is known; give the consortium's folder (--config), or the node's fingerprint "
+            f"as {site} reads it to you (--key {site}=FINGERPRINT)"
+        )
+    try:
+        check_site_seal(found.seal, found.content, PURPOSE, site=site, study_hash=content.study, expected=known[site])
+    except FedNeuroError as error:
+        raise Refused(f"{path}: {error}") from error
+    return found.seal.fingerprint
+
+
+def check_study(told: Told, study: Study) -> None:
+    """Check that a file answers what ``study`` asks, under its rules.
+
+    Raises:
+        Refused: it is for another study, or asks or tells other things than the study permits.
+    """
+    content = told.content
+    if content.study != study.hash:
+        named = f"study {content.study[:12]}" if content.study else "no study"
+        raise Refused(f"{content.site}: its file is for {named}, not for {study.hash[:12]} ({study.study.name})")
+    if content.threshold < study.evaluation.min_patients and isinstance(content, Released):
+        text = f"groups from {content.threshold} patients on; expected {study.evaluation.min_patients}, as it asks"
+        raise Refused(f"{content.site}: {text}")
+    if isinstance(content, Noised) != (study.privacy.mode != "none"):
+        raise Refused(f"{content.site}: a study of mode {study.privacy.mode} gets statistics of another kind")
+    if isinstance(content, Noised) and [(h.question, h.of) for h in content.histograms] != questions(study):
+        raise Refused(f"{content.site}: the file asks other questions than the study")
 
 
 def beside_each_other(files: Sequence[Released]) -> dict[str, Any]:

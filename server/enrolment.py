@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from ..privacy.contract import Role
 from ..privacy.enrolment import Credentials, EnrolRequest, RenewRequest, decode, encode, token_hash
-from ..privacy.errors import ContractViolation, FedNeuroError, Refused
+from ..privacy.errors import ContractViolation, EnvironmentProblem, FedNeuroError, Refused
 from ..privacy.identity import is_p384
 from .authority import common_name, requested_key, serial_text
 from .consortium import Consortium, Issuer
@@ -93,6 +93,7 @@ class Enrolment:
         except (ContractViolation, Refused) as error:
             self._count(address, error)
             raise
+        self._check_key()
         with self._lock:
             return encode(self._enrol(request, role, key, node_key))
 
@@ -131,12 +132,22 @@ class Enrolment:
         known = self._consortium.registry.site(site)
         if known is None:
             raise Refused("this certificate does not hold here; ask the coordinator for an invitation")
+        self._check_key()
         certificate = self._issuer.current.site(key, site)
         with self._lock:
             self._consortium.registry.renew(self._issuer.record(certificate, site))
             self._changed()
         _log.info("%s renewed, certificate %s", site, serial_text(certificate))
         return encode(self._credentials(site, known.role, certificate))
+
+    def _check_key(self) -> None:
+        """Sign with no key that the root has taken back since this process opened it.
+
+        Raises:
+            EnvironmentProblem: it has.
+        """
+        if self._issuer.number not in dict(self._consortium.issuing()):
+            raise EnvironmentProblem("the issuing key was taken back: stop fedneuro-server start, and start it again")
 
     def _holder(self, certificate: x509.Certificate) -> str:
         """The site of a certificate that holds now."""

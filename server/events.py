@@ -17,7 +17,7 @@ EventKind = Literal[
     "started",  # sites: {name: role}, rounds, first_round
     "round-started",
     "trained",  # site, loss, epsilon, seconds
-    "evaluated",  # site, metrics: {name: mean}
+    "evaluated",  # site, metrics: {name: mean}, intervals: {name: [low, high]}, 95 %; final
     "refused",  # site, reason, during
     "waiting",  # sites: those that are waited for, seconds: at most, during
     "round-done",  # seconds, sites, asked, missing: {name: since which round}

@@ -7,8 +7,9 @@ yields exactly one reply per site: the site's own, or a :class:`Refusal` with re
 the node is gone), ``timeout`` (it did not answer in time), ``contract-violation`` (it answered with something
 else) or the reason that the site's runner gave. Sites go by the name under which their key was registered.
 
-Each look is a write to the SuperLink's database, and the nodes that hand their replies in wait for it. So the first
-look of an exchange is due when, by the one before, the first reply may be there.
+Our SuperLink holds a look until a reply is there (:mod:`.held_looks`); where another one does not, looks become rare by
+themselves. Replies are fetched one at a time, those of small models (:data:`~fedneuro.privacy.wire_bytes.MAX_SQUEEZED`)
+a few at a time: many sites then cost no more looks than one.
 """
 
 import logging
@@ -26,13 +27,15 @@ from ..privacy.contract import Arrays, HelloReply, Refusal, Reply, Request
 from ..privacy.errors import ContractViolation, EnvironmentProblem, Reason
 from ..privacy.pace import Pace
 from ..privacy.wire import MESSAGE_TYPES, Packed, decode_reply, encode_request, pack
-from ..privacy.wire_bytes import squeeze, unsqueeze
+from ..privacy.wire_bytes import MAX_SQUEEZED, squeeze, unsqueeze
 
 __all__ = ["FlowerTransport", "registered_nodes"]
 
 ONLINE = "online"
-TOO_EARLY, LONGEST_REST = 0.6, 2.0
-"""No look before so much of the time that the first reply took the last time, but for at most so many seconds."""
+HELD_SECONDS = 0.5
+"""A look that took longer was held."""
+SMALL_AT_ONCE = 16
+"""Replies of small models that one look may fetch."""
 TTL_MARGIN = 60.0
 """Seconds that a message lives longer than we wait for its reply."""
 
@@ -85,7 +88,6 @@ class FlowerTransport:
         self._nodes = nodes
         self._check = check
         self._cut = cut
-        self._usual: dict[str, float] = {}  # seconds until the first reply, by kind of request
 
     def sites(self) -> list[str]:
         """Names of the nodes that are online, sorted; none while the SuperLink cannot be reached."""
@@ -97,32 +99,29 @@ class FlowerTransport:
 
     def exchange(self, requests: Mapping[str, Request], timeout: float) -> Iterator[Reply]:
         """Send each site its request and yield one reply per site, as they arrive; seconds of patience."""
-        started = time.monotonic()
-        deadline = started + timeout
-        kind = next((request.kind for request in requests.values()), "")
-        rest_until = started + min(LONGEST_REST, TOO_EARLY * self._usual.pop(kind, 0.0))
+        deadline = time.monotonic() + timeout
         pending: dict[str, str] = {}
         try:
             pending, unsent = self._send(requests, timeout)
             for site in unsent:
                 yield _refusal(site, requests[site], Reason.LOST)
-            # One request per look, at one message: replies are fetched singly, and many sites cost no more looks.
-            queue, pace = deque(pending), Pace(shortest=0.05, longest=0.25)
+            queue, pace, at_once = deque(pending), Pace(shortest=0.05, longest=0.25), _at_once(requests)
             while queue and time.monotonic() < min(deadline, self._cut()):
                 self._check()
-                if (rest := rest_until - time.monotonic()) > 0:
-                    time.sleep(max(0.0, min(rest, 0.25, deadline - time.monotonic())))
+                asked = time.monotonic()
+                messages = deque(self._grid.pull_messages([queue[n] for n in range(min(at_once, len(queue)))]))
+                if not messages:
+                    queue.rotate(-at_once)
+                    if time.monotonic() - asked < HELD_SECONDS:
+                        time.sleep(min(pace.pause(), max(0.0, deadline - time.monotonic())))
                     continue
-                message = next(iter(self._grid.pull_messages([queue[0]])), None)
-                if message is None:
-                    queue.rotate(-1)
-                    time.sleep(min(pace.pause(), max(0.0, deadline - time.monotonic())))
-                    continue
-                self._usual.setdefault(kind, time.monotonic() - started)
-                site = pending.pop(queue.popleft())
                 pace.news()
-                yield _read(message, site, requests[site])
-                del message  # the reply's arrays must not outlive their fold
+                while messages:
+                    message = messages.popleft()
+                    site = pending.pop(message.metadata.reply_to_message_id)
+                    queue.remove(message.metadata.reply_to_message_id)
+                    yield _read(message, site, requests[site])
+                    del message  # the reply's arrays must not outlive their fold
         except httpx.HTTPError as error:
             _log.error("the SuperLink cannot be reached: %s: %s", type(error).__name__, error)
             for site in pending.values() if pending else requests:
@@ -157,6 +156,11 @@ class FlowerTransport:
             else:
                 unsent.append(site)
         return pending, unsent
+
+
+def _at_once(requests: Mapping[str, Request]) -> int:
+    sizes = (sum(array.nbytes for array in request.arrays.values()) for request in requests.values() if request.arrays)
+    return SMALL_AT_ONCE if max(sizes, default=0) <= MAX_SQUEEZED else 1
 
 
 def _packed(arrays: Arrays | None, ready: dict[int, Packed]) -> Packed | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ..privacy.errors import FedNeuroError, QuorumLost, Reason, Refused
 from ..privacy.study import Study
 
-__all__ = ["needed", "require", "shortfall"]
+__all__ = ["needed", "require", "require_judge", "shortfall"]
 
 _SAID_NO = frozenset(
     {
@@ -32,6 +32,18 @@ def require(study: Study, answered: int, asked: int, refusals: Mapping[str, Reas
     """
     if answered < needed(study, asked):
         raise shortfall(answered, asked, needed(study, asked), refusals, doing)
+
+
+def require_judge(found: Mapping[str, object], refusals: Mapping[str, Reason], round: int) -> None:  # noqa: A002
+    """A run that no hospital judged at its end is not complete, unless all of them may not say.
+
+    Raises:
+        QuorumLost: ``found`` is empty, and not for the hospitals' policies or budgets; the run can be resumed.
+    """
+    if not found and not set(refusals.values()) <= _SAID_NO:
+        why = "; ".join(f"{site}: {reason.value} ({reason.public_text})" for site, reason in sorted(refusals.items()))
+        message = f"no hospital answered the final evaluation of round {round}, so nothing is known of the model: {why}"
+        raise QuorumLost(message, reason=next(iter(refusals.values())))
 
 
 def shortfall(answered: int, asked: int, needed: int, refusals: Mapping[str, Reason], doing: str) -> FedNeuroError:

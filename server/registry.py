@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state store of a consortium: which sites there are, who was invited, whose certificates hold.
 
-SQLite by default, PostgreSQL by URL. Every change is one transaction and leaves an event; the number of the last
-event is the store's :attr:`Registry.revision`, by which a running ``start`` sees what another command changed.
+SQLite by default, PostgreSQL by URL. Every change is one transaction and leaves an event; the number of events
+is the store's :attr:`Registry.revision`, by which a running ``start`` sees what another command changed.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
 from sqlalchemy.event import listen
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from ..privacy.contract import Role
 from ..privacy.errors import BadInput, EnvironmentProblem, Refused
 from .migrations import upgrade
 from .registry_tables import certificates, events, invitations, sites
 
-__all__ = ["CertificateRecord", "Registry", "SiteRecord", "check_url"]
+__all__ = ["CertificateRecord", "Registry", "SiteRecord", "StoreAway", "check_url"]
 
 State = Literal["invited", "enrolled", "revoked"]
+CONNECT_SECONDS = 10
+"""How long a database server may take to accept a connection."""
+
+
+class StoreAway(EnvironmentProblem):
+    """The database does not answer; nothing of the call was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ def check_url(url: str) -> sa.URL:
 
 
 class Registry:
-    """An open state store.
+    """An open state store. All of it raises :class:`StoreAway` where the database does not answer.
 
     Args:
         url: its address; a relative SQLite path is relative to where the process runs.
@@ -82,13 +88,14 @@ class Registry:
 
     def __init__(self, url: str | sa.URL) -> None:
         parsed = check_url(url) if isinstance(url, str) else url
-        shown = parsed.render_as_string(hide_password=True)
+        shown = self._shown = parsed.render_as_string(hide_password=True)
+        patience = {} if parsed.get_backend_name() == "sqlite" else {"connect_timeout": CONNECT_SECONDS}
         try:
-            self._engine = sa.create_engine(parsed, pool_pre_ping=True)
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=patience)
         except (NoSuchModuleError, ModuleNotFoundError, ImportError) as error:
             missing = getattr(error, "name", None) or "psycopg"
             raise EnvironmentProblem(
-                f"state.url: {shown} needs the driver {missing}; install it: pip install 'psycopg[binary]', "
+                f"state.url: {shown} needs the driver {missing}; install it: pip install 'fedneuro[postgresql]', "
                 "and begin the URL with postgresql+psycopg://"
             ) from error
         if parsed.get_backend_name() == "sqlite":
@@ -106,9 +113,13 @@ class Registry:
 
     @property
     def revision(self) -> int:
-        """Grows with every change."""
-        with self._engine.connect() as connection:
-            return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(events.c.id), 0))).scalar_one())
+        """Grows with every change: the number of events.
+
+        Not the highest number of an event: PostgreSQL gives numbers out before it commits, so that a change with a
+        lower one can appear later.
+        """
+        with self._read() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(events)).scalar_one())
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -125,7 +136,7 @@ class Registry:
             .outerjoin(newest, newest.c.site == sites.c.name)
             .order_by(sites.c.name)
         )
-        with self._engine.connect() as connection:
+        with self._read() as connection:
             return [_site(row) for row in connection.execute(query)]
 
     def site(self, name: str) -> SiteRecord | None:
@@ -134,21 +145,21 @@ class Registry:
 
     def certificates(self) -> list[CertificateRecord]:
         """All client certificates that were ever issued."""
-        with self._engine.connect() as connection:
+        with self._read() as connection:
             rows = connection.execute(sa.select(certificates).order_by(certificates.c.serial))
             return [CertificateRecord(**row._mapping) for row in rows]
 
     def certificate(self, serial: str) -> CertificateRecord | None:
         """The certificate with this serial number, or None."""
         query = sa.select(certificates).where(certificates.c.serial == serial)
-        with self._engine.connect() as connection:
+        with self._read() as connection:
             row = connection.execute(query).first()
         return CertificateRecord(**row._mapping) if row else None
 
     def events(self, after: int = 0) -> list[tuple[int, int, str, str, str]]:
         """Number, time, kind, site and text of what happened, oldest first."""
         query = sa.select(events).where(events.c.id > after).order_by(events.c.id)
-        with self._engine.connect() as connection:
+        with self._read() as connection:
             return [(row.id, row.at, row.kind, row.site, row.text) for row in connection.execute(query)]
 
     def invited(self, token_hash: str, site: str) -> Role:
@@ -158,7 +169,7 @@ class Registry:
             Refused: there is none; the text does not say which of the reasons it was.
         """
         query = sa.select(invitations).where(invitations.c.token_hash == token_hash)
-        with self._engine.connect() as connection:
+        with self._read() as connection:
             row = connection.execute(query).first()
         if row is None or row.used is not None or row.expires <= time.time() or row.site != site:
             raise Refused("the invitation is unknown, used, expired or another site's")
@@ -230,6 +241,13 @@ class Registry:
             _revoke_certificates(connection, site, now)
             connection.execute(invitations.delete().where((invitations.c.site == site) & invitations.c.used.is_(None)))
 
+    def take_back(self, issuers: Collection[int]) -> None:
+        """End all certificates that these issuing keys signed."""
+        numbers = ", ".join(map(str, sorted(issuers)))
+        with self._change("taken-back", "", f"issuing keys {numbers}, and all they signed") as connection:
+            held = certificates.c.issuer.in_(issuers) & certificates.c.revoked.is_(None)
+            connection.execute(certificates.update().where(held).values(revoked=int(time.time())))
+
     def note(self, kind: str, site: str = "", text: str = "") -> None:
         """Save an event."""
         with self._change(kind, site, text):
@@ -237,10 +255,23 @@ class Registry:
 
     @contextmanager
     def _change(self, kind: str, site: str, text: str) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
+        with self._answering(), self._engine.begin() as connection:
             yield connection
             values = {"at": int(time.time()), "kind": kind, "site": site[:64], "text": text[:500]}
             connection.execute(events.insert().values(**values))
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._answering(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except (OperationalError, InterfaceError) as error:
+            text = f"state.url: {self._shown} does not answer: {_first(error)}; start the database, or look at its disk"
+            raise StoreAway(text) from error
 
 
 def _revoke_certificates(connection: sa.Connection, site: str, now: int) -> None:

@@ -29,9 +29,8 @@ import torch
 from torch import nn
 
 from ..models.export import OPSET, export_onnx, onnx_difference
-from ..models.networks import build_network
-from ..models.state import load_arrays, save_arrays
-from ..privacy.errors import BadInput, EnvironmentProblem, Refused
+from ..models.state import save_arrays
+from ..privacy.errors import BadInput, Refused
 from ..privacy.manifest import MANIFEST, MODEL, PURPOSE, Manifest, file_digest, require
 from ..privacy.release_pack import PURPOSE as RELEASE_PURPOSE
 from ..privacy.release_pack import RELEASE, SUMS, Release, Released, open_released, sums_text, verify_release
@@ -108,7 +107,7 @@ class _Making:
         self.checks: dict[str, str] = {}
 
     def make(self) -> Release:
-        network = _network(self.study, self.released)
+        network = self.released.network()
         self._evidence()
         self._bundle(network)
         size = sum(parameter.numel() for parameter in network.parameters())
@@ -222,17 +221,6 @@ def _seal_manifest(path: Path, manifest: Manifest, signer: Signer) -> None:
 
 def _names(folder: Path) -> Iterable[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _network(study: Study, released: Released) -> nn.Module:
-    """The released weights in the study's network, in evaluation mode."""
-    channels = len(study.data.modalities)
-    network = build_network(study.model, in_channels=channels, out_channels=study.task.channels, seed=study.study.seed)
-    try:
-        load_arrays(network, released.arrays)
-    except ValueError as error:
-        raise EnvironmentProblem(f"this version of FedNeuro builds another network than the run's: {error}") from error
-    return network.eval()
 
 
 def _inputs(study: Study) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ..privacy.study import Study
 from ..privacy.study_data import PreprocessingSection
+from .scores import price_per_unit
 
 __all__ = ["NOT_A_DEVICE", "TO_WRITE", "model_card", "privacy_words"]
 
@@ -31,7 +32,7 @@ _CLAIM: Final = (
     ("Preprocessing", "in the study, identical at every hospital (above)"),
     ("Model, initialisation, training", "in the study, every default filled in (manifest.json)"),
     ("Selection of the model", "by {select} on validation patients of training hospitals; held-out ones never choose"),
-    ("Uncertainty", "95 % percentile bootstrap over patients, {bootstrap} resamples"),
+    ("Uncertainty", "95 % intervals by bootstrap over patients, {bootstrap} resamples"),
     ("Failure analysis", ""),
     ("External validation beyond this study", ""),
     ("Funding and conflicts of interest", ""),
@@ -124,18 +125,14 @@ def _results(results: Mapping[str, Any], study: Study) -> str:
     names = sorted(names, key=lambda name: name not in study.metric_names)  # stable: totals before single labels
     if not names:
         return "No hospital returned a metric."
-    epsilon = results["privacy"]["epsilon"]
-    private = results["privacy"]["mode"] != "none"
     rows = []
     for name, site in _sites(results):
-        if site["role"] == "heldout":
-            budget = "none of its patients trained"
-        else:
-            budget = f"ε = {epsilon[name]:.2f} per patient" if name in epsilon else "no privacy" if not private else "-"
-        rows.append((f"{name} ({_part(site)})", *(_cell(site["metrics"].get(n)) for n in names), budget))
-    return _table(("hospital", *names, "privacy of its patients"), rows) + (
+        cost = price_per_unit(results["privacy"], name, heldout=site["role"] == "heldout")
+        rows.append((f"{name} ({_part(site)})", *(_cell(site["metrics"].get(n)) for n in names), cost))
+    return _table(("hospital", *names, "privacy spent for it"), rows) + (
         "\n\nMean over patients, [95 % interval], n = declared number of patients. At training hospitals: over their "
-        "validation patients."
+        "validation patients. No patient of a held-out hospital trained: what its score cost, patients of the training "
+        "hospitals paid, at most so much."
     )
 
 

@@ -171,10 +171,10 @@ def _metrics(results: Json) -> str:
 
 def _uncertainty(results: Json) -> str:
     if not results.get("evidence"):
-        return "95 % bootstrap intervals over patients of each hospital"
+        return "95 % intervals over patients of each hospital, by Bayesian or BCa bootstrap (docs/evidence.md)"
     return (
-        "95 % BCa bootstrap intervals, patients resampled within hospitals; paired Wilcoxon signed-rank over patients, "
-        "Holm over each table; rank-biserial effect with interval; TOST for not worse than"
+        "95 % intervals, patients resampled within hospitals, of differences by BCa bootstrap; paired Wilcoxon "
+        "signed-rank over patients, Holm over each table; rank-biserial effect with interval; TOST for not worse than"
     )
 
 

@@ -17,8 +17,9 @@ from .report import render, write_page
 from .report_charts import COMPARED, along
 from .report_checklists import checklists
 from .report_evidence import ALL, OURS, evidence_view
+from .report_groups import calibration
 from .report_view import study_text
-from .report_words import Json, duration_text, epsilon_text, is_unbounded, metric_name, number
+from .report_words import Json, duration_text, epsilon_text, is_unbounded, metric_name, number, with_interval
 
 __all__ = ["design_summary", "write_design_report"]
 
@@ -54,6 +55,8 @@ def write_design_report(results: Json, path: Path) -> None:
 def _view(results: Json) -> dict[str, Any]:
     raw: Json = results.get("evidence") or {}
     evidence = evidence_view(raw)
+    if evidence:
+        evidence |= {"calibration": _calibration(results), "cohort_metrics": _cohort_metrics(results, raw)}
     design = results["design"]
     metric = raw.get("metric") or results.get("metric", "")
     dots, shapes = _dots(raw) if evidence else (None, [])
@@ -186,6 +189,34 @@ def _dots(evidence: Json) -> tuple[Markup | None, list[tuple[str, str]]]:
     title = metric_name(key)
     label = f"{title} of every model at every hospital"
     return dot_plot(rows, label=label, x_title=title, x_range=None if is_unbounded(key) else (0.0, 1.0)), shapes
+
+
+def _calibration(results: Json) -> Markup | None:
+    """The reliability curve of each fold at its held-out hospital."""
+    sites = {
+        name if name == fold["name"] else f"{name}, {fold['name']}": {
+            "role": "heldout",
+            "reliability": site.get("reliability"),
+        }
+        for fold in results["folds"]
+        for name, site in (fold.get("sites") or {}).items()
+    }
+    return calibration({"sites": sites}, list(sites))
+
+
+def _cohort_metrics(results: Json, raw: Json) -> dict[str, Any] | None:
+    """Metrics that a cohort has and no patient, such as ECE, at the held-out hospital of each fold."""
+    known = {row["metric"] for row in raw["scores"]}
+    rows: list[tuple[str, str, Json]] = [
+        (fold["name"], hospital, site["metrics"] or {})
+        for fold in results["folds"]
+        for hospital, site in (fold.get("sites") or {}).items()
+    ]
+    names = [name for name in dict.fromkeys(n for _, _, metrics in rows for n in metrics) if name not in known]
+    if not names:
+        return None
+    cells = [(fold, at, [with_interval(name, metrics.get(name)) for name in names]) for fold, at, metrics in rows]
+    return {"names": [metric_name(name) for name in names], "rows": cells}
 
 
 def _curves(results: Json, metric: str) -> list[tuple[str, Markup | None]]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from .report_words import Json, digits_of, interval_text, is_unbounded, metric_name, number, with_interval
 
-__all__ = ["ALL", "ALL_SITES", "EVIDENCE", "OURS", "evidence_view", "p_text", "read_evidence"]
+__all__ = ["ALL", "ALL_SITES", "EVIDENCE", "OURS", "estimate_text", "evidence_view", "p_text", "read_evidence"]
 
 EVIDENCE: Final = "evidence.json"
 EVIDENCE_VERSION: Final = 1
@@ -54,6 +54,7 @@ def evidence_view(evidence: Json | None) -> dict[str, Any] | None:
         "metric": metric_name(key),
         "ranked": any("test" in row for row in found["comparisons"]),
         "by_patient": any("test" not in row for row in found["comparisons"]),
+        "intervals": interval_words(found["scores"]),
         "several": len({row["metric"] for row in found["comparisons"]}) > 1,
         "cards": [_card(found, site) for site in found["sites"] if _score(found, OURS, site)],
         "comparisons": [
@@ -97,6 +98,19 @@ def evidence_view(evidence: Json | None) -> dict[str, Any] | None:
         "resamples": found["resamples"],
         "margin": found["margin"],
     }  # fmt: skip
+
+
+def interval_words(scores: Sequence[Json]) -> str:
+    """How the intervals of means were made, as far as the scores say."""
+    used = {row.get("method") for row in scores}
+    known = {
+        "bounded": "of scores from 0 to 1 by the Bayesian bootstrap with half an unseen patient at 0 and at 1 (as "
+        "Jeffreys' interval of a proportion), which allows for failures too rare for this cohort to show",
+        "bca": "of others by BCa bootstrap" if "bounded" in used else "BCa bootstrap",
+        "percentile": "percentile bootstrap",
+        "delong, logit": "AUROC and C-index by DeLong's variance or the jackknife, on the logit scale",
+    }
+    return "; ".join(words for method, words in known.items() if method in used)
 
 
 def p_text(value: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from ..privacy.errors import Reason
 from .report_charts import AXES, dot_shapes, dots_chart, metric_curve, train_curve
 from .report_checklists import checklists
-from .report_evidence import evidence_view
+from .report_evidence import estimate_text, evidence_view
 from .report_groups import calibration, failures, groups
 from .report_start import start_of, start_title, verdicts
 from .report_words import (
@@ -29,6 +29,8 @@ from .report_words import (
     unit_of,
     with_interval,
 )
+from .scores import price
+from .statistics.moments import Ends, pool_ends, subtract_ends
 
 __all__ = ["build_view", "study_text"]
 
@@ -113,18 +115,7 @@ def _comparator(entry: Json) -> tuple[str, Json]:
 
 def _price(results: Json, name: str) -> str:
     """What a score cost in privacy: the site's own ε, or for a held-out site the largest of the training sites."""
-    privacy = results["privacy"]
-    if privacy["mode"] == "none":
-        return "none"
-    spent, heldout = privacy["epsilon"], results["sites"][name]["role"] == "heldout"
-    cost = max(spent.values(), default=None) if heldout else spent.get(name)
-    if cost is None:
-        return "nothing spent"
-    deltas: Mapping[str, float] = privacy.get("delta_by_site", {})
-    if heldout:
-        # Its score owes to every training site: the weakest of their promises.
-        return f"ε ≤ {epsilon_text(cost)}, δ {'≤' if len(set(deltas.values())) > 1 else '='} {privacy['delta']:g}"
-    return f"ε = {epsilon_text(cost)}, δ = {deltas.get(name, privacy['delta']):g}"
+    return price(results["privacy"], name, heldout=results["sites"][name]["role"] == "heldout")
 
 
 def _missing(results: Json, name: str, key: str) -> str:
@@ -182,28 +173,35 @@ def _card(results: Json, name: str, main: str, comparators: Sequence[tuple[str, 
 
 
 def _gap(sites: Json, training: Sequence[str], heldout: Sequence[str]) -> list[dict[str, str]]:
-    """Per metric: mean over training hospitals, mean over held-out hospitals, and the difference."""
+    """Per metric: means over patients of training and of held-out hospitals, and their difference with its interval."""
 
-    def mean(names: Sequence[str], key: str) -> float | None:
-        values = [sites[name]["metrics"][key]["mean"] for name in names if key in sites[name]["metrics"]]
-        return sum(values) / len(values) if values else None
+    def pooled(names: Sequence[str], key: str) -> Ends | None:
+        found = [sites[name]["metrics"][key] for name in names if key in sites[name]["metrics"]]
+        ends = [Ends(n=e["n"], mean=e["mean"], low=e["ci95"][0], high=e["ci95"][1]) for e in found]
+        return pool_ends(ends) if ends else None
 
     rows = []
     for key in dict.fromkeys(key for site in sites.values() for key in site["metrics"]):
-        inside, outside = mean(training, key), mean(heldout, key)
+        inside, outside = pooled(training, key), pooled(heldout, key)
         if inside is None or outside is None:
             continue
-        difference = outside - inside
+        apart = subtract_ends(outside, inside)
         # For distances more is worse.
-        better = difference < 0 if less_is_better(key) else difference > 0
+        better = apart.mean < 0 if less_is_better(key) else apart.mean > 0
+        verdict = "better on held-out hospitals" if better else "worse on held-out hospitals"
         rows.append(
             {
-                "metric": metric_name(key), "training": number(key, inside), "heldout": number(key, outside),
-                "difference": ("+" if difference > 0 else "\N{MINUS SIGN}") + number(key, abs(difference)),
-                "verdict": "better on held-out hospitals" if better else "worse on held-out hospitals",
+                "metric": metric_name(key), "training": with_interval(key, _estimate(inside)),
+                "heldout": with_interval(key, _estimate(outside)),
+                "difference": estimate_text(key, _estimate(apart), signed=True),
+                "verdict": "no difference shown" if apart.low <= 0 <= apart.high else verdict,
             }
         )  # fmt: skip
     return rows
+
+
+def _estimate(ends: Ends) -> dict[str, Any]:
+    return {"mean": ends.mean, "ci95": [ends.low, ends.high], "n": ends.n}
 
 
 def _round(record: Json, training: Sequence[str], heldout: Sequence[str], key: str) -> dict[str, Any]:

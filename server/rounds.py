@@ -47,7 +47,7 @@ from .downlink import Downlink
 from .ema import average
 from .events import Event, Observer
 from .joining import Joining
-from .quorum import needed, require
+from .quorum import needed, require, require_judge
 from .secure_rounds import SecureRounds
 from .selection import final_threshold, select_round
 from .start import initial_arrays, start_arrays
@@ -334,6 +334,7 @@ class Coordinator:
         by_round = {record.round: record for record in self._store.rounds()}
         metrics = dict(by_round[selected].metrics)  # a site that is lost now keeps what it told in that round
         found, refusals = self._judge(selected, groups.get("evaluated", groups["model"]), final=True)
+        require_judge(found, refusals, selected)
         metrics |= found
         for name, reason in refusals.items():
             self._sites[name].state = f"missing in the final evaluation: {reason.value}"
@@ -354,10 +355,10 @@ class Coordinator:
             requests |= {site: replace(request, receipt=self._receipts.get(site)) for site in sites}
         for reply in self._exchange(requests):
             if isinstance(reply, EvaluateReply):
-                means = {name: estimate.mean for name, estimate in reply.metrics.items()}
-                self._tell(
-                    Event(kind="evaluated", round=number, site=reply.site, values={"metrics": means, "final": final})
-                )
+                means = {name: one.mean for name, one in reply.metrics.items()}
+                intervals = {name: [one.low, one.high] for name, one in reply.metrics.items()}
+                values = {"metrics": means, "intervals": intervals, "final": final}
+                self._tell(Event(kind="evaluated", round=number, site=reply.site, values=values))
             yield reply
             del reply  # its arrays must not outlive their fold
 

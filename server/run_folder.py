@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..privacy.errors import BadInput, StateError
+from ..privacy.file_lock import is_locked
 
 __all__ = ["Plan", "RunFolder", "Stopped", "find_run", "new_run", "run_folders"]
 
@@ -184,17 +185,7 @@ class RunFolder:
     @property
     def is_held(self) -> bool:
         """Whether a process executes the run now."""
-        try:
-            descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self.path / "run.lock")
 
     @property
     def begun(self) -> float:

@@ -48,7 +48,8 @@ class SiteView:
 
     ``state``: asked, joined, training, trained, evaluated, refused. ``reason``: code of its last refusal while that
     holds. ``missing_since``: round, 0 before the first, or None; it may evaluate all the same. ``attempt`` above 1:
-    its ledger was charged for that round before. ``at``: seconds since 1970 when it was last heard of.
+    its ledger was charged for that round before. ``intervals``: 95 %, by metric; none in runs of older versions.
+    ``at``: seconds since 1970 when it was last heard of.
     """
 
     name: str
@@ -63,6 +64,7 @@ class SiteView:
     epsilon: float | None = None
     attempt: int = 1
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     at: float = 0.0
 
 
@@ -273,6 +275,7 @@ def _fold_site(view: RunView, event: Event) -> None:
             site.epsilon = entry.epsilon[site.name] = values["epsilon"]
     elif event.kind == "evaluated":
         site.state, site.metrics = "evaluated", dict(values["metrics"])
+        site.intervals = {name: (low, high) for name, (low, high) in values.get("intervals", {}).items()}
         if site.role == "heldout":
             site.missing_since = None
         if not values.get("final"):

@@ -58,7 +58,9 @@ def _trained(event: Event, values: Mapping[str, Any]) -> str:
 
 
 def _evaluated(event: Event, values: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in values["metrics"].items()) or "no metric"
+    intervals = {name: f" [{low:.4f}, {high:.4f}]" for name, (low, high) in values.get("intervals", {}).items()}
+    found = [f"{name} {value:.4f}{intervals.get(name, '')}" for name, value in values["metrics"].items()]
+    scores = ", ".join(found) or "no metric"
     return f"round {event.round}: {event.site} evaluated{' finally' if values.get('final') else ''}: {scores}"
 
 

@@ -49,6 +49,8 @@ class _Sealed(BaseModel):
 class Passphrase:
     """Where one passphrase comes from: a file, a file descriptor, a variable, or the terminal, in this order.
 
+    It is asked for once, however many keys it opens: a descriptor can be read once, and a person should type once.
+
     Args:
         what: the key that it opens, for the prompt.
         variable: environment variable.
@@ -59,6 +61,7 @@ class Passphrase:
     def __init__(self, what: str, variable: str, file: Path | None = None, descriptor: int | None = None) -> None:
         self.what, self.variable = what, variable
         self._file, self._descriptor = file, descriptor
+        self._known = ""
 
     def get(self, *, new: bool = False) -> str:
         """The passphrase; ``new``: asked twice, and at least :data:`MIN_PASSPHRASE` characters.
@@ -66,7 +69,7 @@ class Passphrase:
         Raises:
             BadInput: no source gives one, it is too short, or a source cannot be read.
         """
-        found = self._find(new)
+        found = self._known = self._known or self._find(new)
         if not found:
             raise BadInput(f"the passphrase of {self.what} is empty; give one")
         if new and len(found) < MIN_PASSPHRASE:

@@ -23,20 +23,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 import httpx
 
 from ..privacy.errors import EnvironmentProblem, FedNeuroError
 from ..privacy.identity import write_private
 from ..privacy.processes import Processes, claim_port, ending
+from ..privacy.upkeep import QUIET_FLOWER, Kept
 from .consortium import Consortium, Issuer
 from .consortium_settings import Resume
 from .control import Control
 from .enrolment import Enrolment
 from .guard import check_guard, publish, reload_guard
 from .launch import runs_of, submit
+from .registry import StoreAway
 from .resumption import Resumption
+from .superlink import SUPERLINK, superlink_arguments
 
 __all__ = ["Supervisor", "serve"]
 
@@ -50,27 +52,12 @@ RUN_CODES = (0, 3, 4)
 CRL_SECONDS = 12 * 3600.0
 """How often the list of revoked certificates is signed anew; it holds for 14 days."""
 
-SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
 ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "NO_COLOR": "1",
-    "PYTHONUNBUFFERED": "1",
+    **QUIET_FLOWER,
     # glibc's own threshold grows with what is freed, and then models stay in its heap; see mallopt(3).
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
 _log = logging.getLogger("fedneuro.start")
-
-
-@dataclass(slots=True)
-class _Child:
-    """One supervised process."""
-
-    name: str
-    start: Callable[[], object]
-    since: float = 0.0
-    failures: int = 0
-    again: float | None = None
 
 
 class Supervisor:
@@ -103,19 +90,19 @@ class Supervisor:
         self._authority = consortium.folder / "ca" / "root.crt"
         self.address = f"127.0.0.1:{consortium.settings.ports.superlink}"
         self.control = Control(self.address, self._authority)
-        self._children = [_Child("superlink", self._start_superlink), _Child("server", self._start_server)]
+        self._children = [Kept("superlink", self._start_superlink), Kept("server", self._start_server)]
         if consortium.settings.guard.nginx:
-            self._children.append(_Child("guard", self._start_guard))
+            self._children.append(Kept("guard", self._start_guard))
         if dashboard:
-            self._children.append(_Child("dashboard", self._start_dashboard))
+            self._children.append(Kept("dashboard", self._start_dashboard))
         if consortium.settings.sinks.any:
-            self._children.append(_Child("sinks", self._start_sinks))
+            self._children.append(Kept("sinks", self._start_sinks))
         self._resumption = Resumption(
             runs_of(consortium), resume or consortium.settings.runs.resume, self.control,
-            lambda folder: submit(consortium, folder), lambda kind, text: consortium.registry.note(kind, text=text),
+            lambda folder: submit(consortium, folder), self._note,
         )  # fmt: skip
         self._publishing = threading.Lock()
-        self._seen, self._signed = -1, 0.0
+        self._seen, self._signed, self._answers = -1, 0.0, True
 
     def start(self) -> None:
         """Start all, and wait until the SuperLink answers.
@@ -127,7 +114,7 @@ class Supervisor:
         if self._consortium.settings.guard.nginx:
             check_guard(self._consortium)
         for child in self._children:
-            self._begin(child)
+            child.begin()
         deadline = time.monotonic() + START_SECONDS
         while not self.control.is_healthy():
             for child in self._children:
@@ -143,10 +130,27 @@ class Supervisor:
         """One look after everything; call it every quarter of a second."""
         for child in self._children:
             self._look_after(child)
-        if self._consortium.registry.revision != self._seen or time.time() - self._signed > CRL_SECONDS:
+        try:
+            self._follow()
+        except StoreAway as error:
+            if self._answers:
+                _log.error("%s; until then nobody can enrol, renew or be revoked", error)
+            self._answers, self._seen = False, -1
+        self._resumption.look()
+
+    def _follow(self) -> None:
+        """Do what another command changed in the state store. One that does not answer is asked again: studies go on.
+
+        Raises:
+            StoreAway: it does not answer.
+        """
+        revision = self._consortium.registry.revision
+        if not self._answers:
+            _log.info("the state store answers again")
+            self._answers = True
+        if revision != self._seen or time.time() - self._signed > CRL_SECONDS:
             self.publish()
             self.reconcile()
-        self._resumption.look()
 
     def publish(self) -> None:
         """Write the guard's files from the state store, and let a running guard read them.
@@ -183,36 +187,34 @@ class Supervisor:
 
     # -- children --------------------------------------------------------------------------------------
 
-    def _begin(self, child: _Child) -> None:
-        child.start()
-        child.since, child.again = time.monotonic(), None
-
-    def _look_after(self, child: _Child) -> None:
-        now = time.monotonic()
+    def _look_after(self, child: Kept) -> None:
         if child.again is not None:
-            if now >= child.again:
-                self._begin(child)
+            if child.due:
+                child.begin()
             return
         if (code := self._processes.code(child.name)) is None:
             return
         self._processes.stop(child.name)  # what it left behind: workers of a killed nginx would hold the port
         ran = child.name == "server" and code in RUN_CODES
-        child.failures = 0 if ran or code == 0 or now - child.since > STEADY_SECONDS else child.failures + 1
-        pause = 0.0 if not child.failures else min(LONGEST_PAUSE, 2.0 ** (child.failures - 1))
-        child.again = now + pause
+        pause = child.put_off(
+            lambda failures: min(LONGEST_PAUSE, 2.0 ** (failures - 1)), steady=STEADY_SECONDS, fine=ran or code == 0
+        )
         if not ran:
             line = self._processes.last_line(child.name)
             _log.warning("%s %s; again in %.0f s: %s", child.name, ending(code), pause, line)
-            self._consortium.registry.note("restarted", text=f"{child.name} {ending(code)}")
+            self._note("restarted", f"{child.name} {ending(code)}")
+
+    def _note(self, kind: str, text: str) -> None:
+        """Save an event; the log has it where the state store does not answer."""
+        with suppress(EnvironmentProblem):
+            self._consortium.registry.note(kind, text=text)
 
     def _start_superlink(self) -> None:
-        folder, home = self._consortium.folder, self._consortium.folder / "superlink"
-        host, port = self.address.split(":")
-        arguments = ["--host", host, "--port", port, "--database", str(home / "superlink.db")]
-        arguments += ["--ssl-ca-certfile", str(self._authority), "--ssl-certfile", str(folder / "tls" / "server.crt")]
-        arguments += ["--ssl-keyfile", str(folder / "tls" / "server.key"), "--enable-supernode-auth"]
-        arguments += ["--disable-runtime-dependency-installation"]
-        arguments += ["--isolation", "process", "--superexec-auth-secret-file", str(self._secret)]
+        tls, home = self._consortium.folder / "tls", self._consortium.folder / "superlink"
+        arguments = superlink_arguments(
+            self.address, home / "superlink.db", authority=self._authority,
+            certificate=tls / "server.crt", key=tls / "server.key", secret=self._secret,
+        )  # fmt: skip
         self._processes.start("superlink", SUPERLINK, arguments, {"FLWR_HOME": str(home / "home")})
 
     def _start_server(self) -> None:

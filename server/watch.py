@@ -15,8 +15,10 @@ from rich.text import Text
 
 from ..privacy.errors import Reason
 from .events import Event
+from .report_words import Json
 from .run_view import RunFollower, RunView, SiteView
 from .run_words import clock, sentence
+from .scores import headline, heldout_scores, price_per_unit, score_of, spent_so_far
 
 __all__ = ["Screen", "answers_table", "render", "runs_table"]
 
@@ -65,11 +67,16 @@ def render(view: RunView) -> RenderableType:
         ("  stops after this round" if view.stopping == "round" else "", "yellow"),
     )  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("hospital", "role", "state", "loss", "ε", "metric", "last heard"):
+    losses = any(site.loss is not None for site in view.sites.values())  # under privacy they stay at the hospital
+    loss = ["loss"] if losses else []
+    for column in ("hospital", "role", "state", *loss, "score", "95 %", "privacy spent for it", "last heard"):
         table.add_column(column, style="dim" if column == "role" else "")
-    for _, site in sorted(view.sites.items(), key=lambda item: (item[1].role != "train", item[0])):
+    key, privacy = headline(view, view.study), spent_so_far(view.sites, view.study) if view.study else None
+    for _, site in sorted(view.sites.items(), key=lambda item: (item[1].role != "heldout", item[0])):
+        score = score_of(site, key, privacy)
         table.add_row(
-            Text(site.name), site.role, _state(site), _number(site.loss), _number(site.epsilon), _metric(site),
+            Text(site.name), site.role, _state(site), *([_number(site.loss)] if losses else []),
+            f"{score.metric} {score.value}" if score else "", score.interval if score else "", _price(site, privacy),
             clock(site.at)[11:],
         )  # fmt: skip
     bar = ProgressBar(total=max(1, view.rounds), completed=max(view.history, default=0), width=60)
@@ -94,12 +101,13 @@ def answers_table(view: RunView) -> Table:
 
 def runs_table(views: list[RunView]) -> Table:
     """All runs, the latest last."""
-    table = Table("run", "status", "round", "hospitals", "launched", "what", box=SIMPLE_HEAD)
+    table = Table("run", "status", "round", "hospitals", "held out", "launched", "what", box=SIMPLE_HEAD)
     for view in views:
         status = Text(view.status, _COLOURS.get(view.status, ""))
         what = view.message or (f"round {view.selected_round} selected" if view.selected_round is not None else "")
         launched = clock(view.plan.launched)[:16]
-        table.add_row(view.name, status, f"{view.round} of {view.rounds}", view.who, launched, what)
+        scores = Text("\n".join(map(str, heldout_scores(view, view.study))))
+        table.add_row(view.name, status, f"{view.round} of {view.rounds}", view.who, scores, launched, what)
     return table
 
 
@@ -120,8 +128,12 @@ def _state(site: SiteView) -> Text:
     return Text(f"{site.state}{again}")
 
 
-def _metric(site: SiteView) -> str:
-    return next((f"{name} {value:.3f}" for name, value in site.metrics.items()), "")
+def _price(site: SiteView, privacy: Json | None) -> str:
+    """Of a training hospital also before it told a metric."""
+    heldout = site.role == "heldout"
+    if privacy is None or not (site.metrics or (site.epsilon is not None and not heldout)):
+        return ""
+    return price_per_unit(privacy, site.name, heldout=heldout)
 
 
 def _number(value: float | None) -> str:

@@ -177,7 +177,11 @@ def phantoms(
     seed: Annotated[int, typer.Option(min=0, help="Seed; a site is reproducible on its own.")] = 0,
     workers: Workers = 0,
     outcomes: Annotated[
-        bool, typer.Option("--outcomes", help="Also invent a score and a survival time that depend on the lesions.")
+        bool,
+        typer.Option(
+            "--outcomes",
+            help="One glioma-like mass per patient, and an invented score and survival time that depend on its volume.",
+        ),
     ] = False,
 ) -> None:
     """Make synthetic hospitals that look like brain MRI, from the ICBM152 tissue maps."""
@@ -187,7 +191,10 @@ def phantoms(
     console = Console(stderr=True)
     names = [f"hospital-{i + 1}" for i in range(sites)]
     with Progress(console=console) as progress:
-        make_phantoms(out, dict.fromkeys(names, patients), seed=seed, workers=workers, progress=progress)
+        kind = "mass" if outcomes else "blob"
+        make_phantoms(
+            out, dict.fromkeys(names, patients), seed=seed, workers=workers, progress=progress, lesion_kind=kind
+        )
     for name in names if outcomes else ():
         add_outcomes(out / name, name=name, seed=seed)
     print(out)

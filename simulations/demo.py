@@ -40,10 +40,12 @@ def make_phantoms(
     workers: int,
     progress: Progress,
     modalities: Sequence[str] = ("FLAIR", "T1w"),
+    lesion_kind: str = "blob",
 ) -> None:
     """Write synthetic hospitals into ``out``, unless just these are there already."""
     stamp = out / "phantoms.json"
-    wanted = json.dumps({"sites": dict(sites), "seed": seed, "modalities": list(modalities)}, sort_keys=True)
+    asked = {"sites": dict(sites), "seed": seed, "modalities": list(modalities)}
+    wanted = json.dumps(asked | ({} if lesion_kind == "blob" else {"lesions": lesion_kind}), sort_keys=True)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return
     for name in sites:
@@ -56,6 +58,7 @@ def make_phantoms(
         sites=sites,
         seed=seed,
         modalities=modalities,
+        lesion_kind=lesion_kind,
         workers=workers or default_workers(sum(sites.values()), 1),
         progress=lambda *_: progress.advance(task),
     )

@@ -29,9 +29,11 @@ from ..privacy import errors
 from ..privacy.errors import EnvironmentProblem, FedNeuroError
 from ..privacy.secagg.keys import fingerprint, identity_of_pem
 from ..privacy.study import Study
+from ..privacy.upkeep import QUIET_FLOWER
 from ..server.bundle import bundle, bundle_hash
 from ..server.events import Event, Observer, ignore
 from ..server.store import RunStore
+from ..server.superlink import SUPERLINK, superlink_arguments
 from .certificates import Certificates, make_certificates, make_node_key, write_private
 from .control import Control
 from .processes import Processes, claim_port, ending
@@ -41,8 +43,6 @@ __all__ = ["rehearse"]
 START_SECONDS = 180.0
 """Patience until the SuperLink answers, and again until all nodes are online; imports are slow on a busy machine."""
 LOOK_SECONDS = 0.1
-
-SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
 
 
 def rehearse(
@@ -65,12 +65,11 @@ def rehearse(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     address = f"127.0.0.1:{claim_port(port)}"
-    env = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     coordinator = folder / "superlink"
     coordinator.mkdir(mode=0o700)
     files = make_certificates(coordinator)
     # The control connection closes first: the SuperLink waits for open connections when it ends.
-    with Processes(folder / "logs", env) as processes, closing(Control(address, files.authority)) as control:
+    with Processes(folder / "logs", QUIET_FLOWER) as processes, closing(Control(address, files.authority)) as control:
         _Rehearsal(study, dict(sites), store, observer, folder, address, files, processes, control).run()
 
 
@@ -132,12 +131,10 @@ class _Rehearsal:
         folder, files = self.folder / "superlink", self.files
         secret = folder / "runner.secret"
         write_private(secret, secrets.token_hex(32).encode())
-        host, port = self.address.split(":")
-        superlink = ["--host", host, "--port", port, "--database", str(folder / "superlink.db")]
-        superlink += ["--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.server)]
-        superlink += ["--ssl-keyfile", str(files.server_key), "--enable-supernode-auth"]
-        superlink += ["--disable-runtime-dependency-installation"]
-        superlink += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+        superlink = superlink_arguments(
+            self.address, folder / "superlink.db", authority=files.authority, certificate=files.server,
+            key=files.server_key, secret=secret,
+        )  # fmt: skip
         home = {"FLWR_HOME": str(folder / "home")}
         self.processes.start("superlink", SUPERLINK, superlink, home)
         server = ["--superlink", self.address, "--root-certificate", str(files.authority)]

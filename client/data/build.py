@@ -8,6 +8,7 @@ and the others go on.
 import importlib
 import multiprocessing
 import multiprocessing.context
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...privacy.errors import DataError, EnvironmentProblem
+from ...privacy.processes import end_with_parent
 from ...privacy.study import Study
 from .bids import ScanFiles
 from .cache import ScanCache, Summary
@@ -108,6 +110,7 @@ def _start(canonical: bytes, folder: Path, limit: int, since: float) -> None:
     global _worker
     import torch
 
+    end_with_parent(os.getppid())  # a pool's process whose parent was killed waits for work for ever
     torch.set_num_threads(1)
     _worker = Study.model_validate_json(canonical), ScanCache(folder, limit, since)
 

@@ -131,10 +131,10 @@ def check_mask(mask: Volume, labels: Sequence[str], *, empty_allowed: bool) -> N
         DataError: another value, or an empty mask that is not allowed.
     """
     check_image(mask)
-    values = np.unique(mask.data)
-    rounded = np.rint(values)
-    wrong = values[(np.abs(values - rounded) > LABEL_TOLERANCE) | (rounded < 0) | (rounded > len(labels))]
-    if wrong.size:
+    rounded = np.rint(mask.data)
+    odd = (np.abs(mask.data - rounded) > LABEL_TOLERANCE) | (rounded < 0) | (rounded > len(labels))
+    if odd.any():
+        wrong = np.unique(mask.data[odd])
         shown = ", ".join(f"{v:g}" for v in wrong[:5]) + (", …" if wrong.size > 5 else "")
         meaning = ", ".join(["0 background", *(f"{i} {name}" for i, name in enumerate(labels, 1))])
         raise DataError(
@@ -146,7 +146,7 @@ def check_mask(mask: Volume, labels: Sequence[str], *, empty_allowed: bool) -> N
             f"{mask.name}: empty mask; expected at least one labelled voxel; draw it, or, if such patients have no "
             'disease, run with --set data.empty_masks="keep"'
         )
-    return np.rint(mask.data).astype(np.uint8)
+    return rounded.astype(np.uint8)
 
 
 def check_slices(name: str, shape: Sequence[int], axis: int) -> None:

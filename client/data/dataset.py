@@ -16,6 +16,7 @@ from .bids import ScanFiles
 from .cache import ScanCache, ScanMemory
 from .outcomes import Outcome
 from .preprocess import Prepared, content_key, prepare
+from .resample import forget_places
 from .split import side_of
 
 __all__ = ["Entry", "Scan", "SiteData"]
@@ -81,6 +82,12 @@ class SiteData:
         """What a person at the hospital should know, though the study can go on."""
         return self._warnings + ((f"{self.name}: {self._cache.problem}",) if self._cache.problem else ())
 
+    def kept(self) -> tuple[int, int]:
+        """Scans that the cache on disk holds, and scans in all."""
+        keys = [entry.key for entries in self._entries.values() for entry in entries]
+        paths = [path for key in keys if (path := self._cache.path(key)) is not None]
+        return sum(path.is_file() for path in paths), len(keys)
+
     def training(self) -> tuple[str, ...]:
         """Patients that train, by keyed hash of their id."""
         return self._side("train")
@@ -126,6 +133,7 @@ class SiteData:
                     "stay as it was checked; start again"
                 )
             scan = prepare(entry.files, self._study)
+            forget_places()  # this process trains, and has other use for the memory
             if self._cache.save(entry.key, scan):
                 scan = self._cache.load(entry.key) or scan  # mapped, so that it takes no memory of its own
         return scan

@@ -29,6 +29,7 @@ from .dicom.convert import save_nifti
 from .dicom.identity import Pseudonyms
 from .nifti import read_stored
 from .tables import read_rows
+from .words import said
 
 __all__ = ["Imported", "import_images", "import_nnunet", "import_table"]
 
@@ -126,8 +127,8 @@ def _picture(source: Path, name: str, size: int) -> Any:
                 plain = Image.fromarray(np.asarray(picture, np.float32)) if deep else picture.convert("L")
             grey = np.asarray(plain.resize((size, size), Image.Resampling.BOX))
     except Exception as error:  # a broken picture may raise anything inside Pillow
-        detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        detail = " ".join(detail.replace(str(path), "it").split())[:120]
+        system = error.strerror if isinstance(error, OSError) else ""
+        detail = system or said(error, 4000).replace(str(path), "it")[:120]
         raise DataError(f"cannot be read ({detail}); expected a picture; export it again") from error
     return np.ascontiguousarray(grey.T[:, :, None])  # (row, column) to (x, y, slice)
 
@@ -179,7 +180,7 @@ def import_nnunet(source: Path, out: Path, state: Path) -> Imported:
                 for path, target in files:
                     _copy(source, path, stage / target)
             except DataError as error:
-                faults[path.relative_to(source).as_posix()] = str(error)
+                faults[path.relative_to(source).as_posix()] = str(error).removeprefix(f"{path.name}: ")
                 subject = subjects.pop(case)
                 for folder in (stage / subject, stage / "derivatives" / "manual" / subject):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +216,7 @@ def import_table(
         Patients that got values, and rows that fit no patient.
 
     Raises:
-        DataError: a missing table or column, or two rows for one patient.
+        DataError: a missing table or column, two rows for one patient, or no row that fits one; nothing is written.
     """
     rows = _rows(table, "\t" if table.suffix == ".tsv" else ",", (patient, *columns))
     present = read_participants(out)
@@ -234,6 +235,13 @@ def import_table(
             raise DataError(f"{table} line {number}: a second row for one patient; expected one; remove the others")
         else:
             values[subject] = row
+    if not values:
+        like = f"such as {next(iter(present)).removeprefix('sub-')}" if present else "and none is there"
+        how = "" if names else "; where rows hold hospital numbers, give the node's --state, as at the import"
+        raise DataError(
+            f"{table}: none of {lost} rows fits a patient of {out}; expected their names in column {patient}, "
+            f"{like}{how}"
+        )
     old = [c for c in next(iter(present.values()), {"participant_id": ""}) if c not in columns]
     lines = [(*old, *columns)]
     for subject, entry in present.items():

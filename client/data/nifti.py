@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...privacy.errors import DataError
+from .words import said
 
 __all__ = ["Stored", "Volume", "digest_of", "read_stored", "read_volume"]
 
@@ -178,5 +179,5 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:
-    detail = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{path.name}: cannot be read ({detail[:160]}); expected a NIfTI file; copy or export it again")
+    detail = said(error, 160)
+    return DataError(f"{path.name}: cannot be read ({detail}); expected a NIfTI file; copy or export it again")

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of a data set for a private study: counted, noised, charged, written down, and told once.
 
-    1. the policy permits the study, and the ledger is the one that the audit log knows
+    1. the policy permits statistics and the study (:mod:`.telling`), and the ledger is the one that the audit log knows
     2. every patient is counted once in each histogram of :mod:`fedneuro.privacy.noised_statistics`
-    3. the ledger is charged, on disk, for the whole data set: those who train and those who are evaluated
-    4. noise is drawn, the answer is kept in ``state/statistics``, and the audit log has its digest
+    3. noise is drawn, and the answer is kept beside its place in ``state/statistics``
+    4. the ledger is charged, on disk, for the whole data set: those who train and those who are evaluated
+    5. its head and the answer's check sum are in the audit log; then the answer takes its place
 
 A study is answered once: the same question gets the same numbers again, which costs nothing. A second look with fresh
-noise would be a second release.
+noise would be a second release. What was drawn and not paid for was seen by nobody and is thrown away; what was paid
+for when the process died is the answer.
 """
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +25,21 @@ from ...privacy.accounting import COARSE_GRID, epsilon
 from ...privacy.budget import site_delta, training_event
 from ...privacy.contract import Role
 from ...privacy.data_statistics import LEAST, rounded_count
-from ...privacy.errors import BadInput, Refused
+from ...privacy.errors import BadInput, FedNeuroError
+from ...privacy.file_lock import locked_file
 from ...privacy.identity import replace_file
 from ...privacy.ledger import Ledger
 from ...privacy.noise import SecureRandom
 from ...privacy.noised_statistics import QUESTIONS, Histogram, Noised, event_for, questions
+from ...privacy.seals import as_text
 from ...privacy.study import Study
-from ..gatekeeper import audit_log, under_policy
+from ..gatekeeper import audit_log
 from ..ledger_witness import LedgerWitness
-from ..policy import load_policy
-from ..policy_rules import Case, require
 from ..settings import SiteSettings
 from .statistics import Measured
+from .telling import content_of, note_refusal, note_told, require_permission
 
-__all__ = ["Answer", "counted", "release_noised", "require_permission"]
+__all__ = ["Answer", "counted", "release_noised"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Answer:
     """What may be handed over, and what it cost.
 
     Attributes:
-        told: the file.
+        told: the content of the file.
         again: whether it was told before, at no new cost.
         with_training: ε of a patient together with the study's training here, composed, at the file's δ.
     """
@@ -54,34 +57,16 @@ class Answer:
     with_training: float
 
 
-def require_permission(settings: SiteSettings, study: Study, wanted: float, threshold: int) -> SiteSettings:
-    """What the hospital permits decides, before anything is read; returns its settings under its policy.
-
-    Raises:
-        Refused: study, role, data set, mode, δ, cohort or ε are not permitted.
-    """
-    least = max(threshold, study.evaluation.min_patients, settings.min_patients, LEAST)
-    if settings.public_size < least:
-        raise Refused(f"public cohort size {settings.public_size}, and the threshold is {least}: nothing is released")
-    if settings.policy is None:
-        if settings.approved is not None and study.hash not in settings.approved:
-            raise Refused(f"study {study.hash[:12]} ({study.study.name}) is not approved; nothing is released")
-        return settings
-    policy = load_policy(settings.policy)
-    require(policy, Case(study=study, site=settings))
-    for key, limit in (
-        ("max_epsilon_round", policy.privacy.max_epsilon_round),
-        ("max_epsilon_study", policy.privacy.max_epsilon_study),
-    ):
-        if wanted > limit:
-            raise Refused(f"policy privacy.{key}: statistics of ε {wanted:g}; at most {limit:g}; nothing is released")
-    return under_policy(settings, policy)
-
-
 def release_noised(
-    found: Measured, settings: SiteSettings, study: Study, wanted: float, *, threshold: int = LEAST
+    found: Measured,
+    settings: SiteSettings,
+    study: Study,
+    wanted: float,
+    *,
+    threshold: int = LEAST,
+    signature: bytes = b"",
 ) -> Answer:
-    """Charge the ledger and make the file.
+    """Charge the ledger and make the answer.
 
     Args:
         found: of the data set of ``settings``.
@@ -89,32 +74,66 @@ def release_noised(
         study: a private one.
         wanted: ε that the hospital grants, above 0.
         threshold: patients that the public cohort must have, at least 5.
+        signature: the coordinator's under the study, for policies that approve by signature.
 
     Raises:
         Refused, BudgetExhausted, LedgerDistrusted: the hospital does not permit it, or the ledger does not cover it.
         BadInput: ``wanted`` or ``threshold`` is out of range.
         OSError, EnvironmentProblem: it could not be written down; nothing may be handed over.
     """
-    if threshold < LEAST:
-        raise BadInput(f"threshold {threshold}: expected at least {LEAST} patients")
     if not 0 < wanted <= 1000:
         raise BadInput(f"--epsilon {wanted:g}: expected a number above 0, at most 1000")
-    settings = require_permission(settings, study, wanted, threshold)
+    settings = require_permission(settings, study, threshold=threshold, epsilon=wanted, signature=signature)
     path = settings.state / "statistics" / f"{study.hash}.json"
-    if path.is_file():
-        told = Noised.model_validate_json(path.read_bytes())
-        return Answer(told, True, _with_training(told, study, settings))
-    counts = counted(found, study)
-    log = audit_log(settings)
-    witness = LedgerWitness(settings, log, log.append)
-    witness.check()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked_file(path.parent / "lock", "statistics"):
+        if path.is_file():
+            return _answer(path, study, settings, again=True)
+        ledger = Ledger(settings.ledger, settings.name)
+        witness = LedgerWitness(settings, log := audit_log(settings), log.append)
+        try:
+            witness.check()
+            paid = _paid_for(path, ledger, found, settings, study, wanted, threshold)
+        except FedNeuroError as error:
+            note_refusal(settings, study, error)
+            raise
+        witness.note()
+        answer = _answer(paid, study, settings, again=False)
+        note_told(answer.told, settings)
+        paid.replace(path)
+        return answer
+
+
+def _paid_for(
+    path: Path,
+    ledger: Ledger,
+    found: Measured,
+    settings: SiteSettings,
+    study: Study,
+    wanted: float,
+    threshold: int,
+) -> Path:
+    """Steps 3 and 4: an answer that nobody has seen, and that the ledger has paid for.
+
+    Its name counts the study's charges: one that was drawn for a charge which never came is passed over.
+    """
+    charges = len(ledger.events(study.hash, settings.dataset_id, "statistics"))
+    if (paid := path.with_suffix(f".drawn-{charges}")).is_file():
+        return paid
+    drawn = path.with_suffix(f".drawn-{charges + 1}")
+    _draw(drawn, found, settings, study, wanted, threshold)
+    try:
+        _charge(ledger, settings, study, wanted)
+    except FedNeuroError:
+        drawn.unlink(missing_ok=True)
+        raise
+    return drawn
+
+
+def _draw(path: Path, found: Measured, settings: SiteSettings, study: Study, wanted: float, threshold: int) -> None:
+    """Step 3: an answer that nobody has seen."""
     event, delta = event_for(study, settings.public_size, wanted), site_delta(study.privacy.delta, settings.public_size)
-    ledger = Ledger(settings.ledger, settings.name)
-    charge = ledger.reserve(
-        study.hash, settings.dataset_id, 0, event, delta=delta, budget_epsilon=wanted, lifetime=settings.lifetime,
-        purpose="statistics",
-    )  # fmt: skip
-    noised = with_noise(counts, event.noise_multiplier, SecureRandom())
+    noised = with_noise(counted(found, study), event.noise_multiplier, SecureRandom())
     told = Noised(
         site=settings.name, study=study.hash, threshold=threshold,
         patients=rounded_count(settings.public_size), epsilon=wanted, delta=delta,
@@ -124,15 +143,25 @@ def release_noised(
             for (question, of), part in zip(questions(study), noised, strict=True)
         ),
     )  # fmt: skip
-    content = (told.model_dump_json(indent=1) + "\n").encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content)
+    replace_file(path, as_text(content_of(told)).encode())
+
+
+def _charge(ledger: Ledger, settings: SiteSettings, study: Study, wanted: float) -> None:
+    """Step 4. It settles itself: the answer is drawn, and nothing is computed after the charge that could fail."""
+    event, delta = event_for(study, settings.public_size, wanted), site_delta(study.privacy.delta, settings.public_size)
+    charge = ledger.reserve(
+        study.hash, settings.dataset_id, 0, event, delta=delta, budget_epsilon=wanted, lifetime=settings.lifetime,
+        purpose="statistics",
+    )  # fmt: skip
     ledger.settle(charge.id)
-    witness.note()
-    digest = hashlib.sha256(content).hexdigest()
-    log.append("out", message="statistics", study=study.hash, answer="Statistics", bytes=len(content), digest=digest,
-               epsilon=charge.epsilon_after, noise_multiplier=event.noise_multiplier)  # fmt: skip
-    return Answer(told, False, _with_training(told, study, settings))
+
+
+def _answer(path: Path, study: Study, settings: SiteSettings, *, again: bool) -> Answer:
+    told = Noised.model_validate_json(path.read_bytes())
+    events = [event_for(study, settings.public_size, told.epsilon)]
+    if settings.role is Role.TRAIN:
+        events.append(training_event(study, settings.public_size))
+    return Answer(told, again, epsilon(events, told.delta, grid=COARSE_GRID))
 
 
 def counted(found: Measured, study: Study) -> list[NDArray[np.int64]]:
@@ -166,10 +195,3 @@ def _values(found: Measured, question: str, of: str) -> list[float]:
         return [float(greys[2]) for greys in group.get("greys", ())]
     side = min if question == "finest_voxel_mm" else max
     return [float(side(voxel)) for voxel in group.get("voxel", ())]
-
-
-def _with_training(told: Noised, study: Study, settings: SiteSettings) -> float:
-    events = [event_for(study, settings.public_size, told.epsilon)]
-    if settings.role is Role.TRAIN:
-        events.append(training_event(study, settings.public_size))
-    return epsilon(events, told.delta, grid=COARSE_GRID)

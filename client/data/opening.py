@@ -21,6 +21,7 @@ from .cache import LIMIT, ScanCache, ScanMemory, Summary
 from .dataset import Entry, SiteData
 from .outcomes import Outcome, check_columns, outcome_of
 from .preprocess import Prepared, content_key, prepare
+from .resample import forget_places
 
 __all__ = ["AXES", "open_site"]
 
@@ -99,6 +100,7 @@ class _Opening:
                 self._patient(patient)
             except DataError as error:
                 self.faults.add(error, patient)
+        forget_places()
         self.faults.raise_if_any()
 
     def _build(self, patients: Sequence[str], folder: Path, workers: int, progress: Progress | None) -> None:

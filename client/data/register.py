@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,19 +113,19 @@ def register(
     size: int | None = None,
     licence: str = "",
     consent: str = "",
-    roles: tuple[Role, ...] = (Role.TRAIN,),
+    roles: tuple[Role, ...] = (),
     update: bool = False,
 ) -> Registered:
-    """Enter a data set, or its new state.
+    """Enter a data set, or its new state. What an update does not name stays as it was.
 
     Args:
         state: the node's private folder.
         name: letters, digits and ``_.-``.
         path: BIDS folder.
-        size: public cohort size; None: the number of patients, rounded to the nearest 5.
+        size: public cohort size; None: the number of patients, rounded to the nearest 5, or what was declared before.
         licence: under which terms the data may be used.
         consent: on what ground patients' data are used.
-        roles: what the hospital permits the data set to be.
+        roles: what the hospital permits the data set to be; empty: to train.
         update: replace an entry of the same name.
 
     Raises:
@@ -141,6 +142,12 @@ def register(
             f"data set {name} is registered already; give another name, or --update to enter its new state"
         )
     patients = len(find_patients(path))
+    if target.exists():
+        with suppress(StateError):  # an entry that cannot be read is written anew
+            old = find_registered(state, name)
+            licence, consent, roles = licence or old.licence, consent or old.consent, roles or old.roles
+            if size is None and old.public_size != public_size(old.patients):
+                size = old.public_size
     size = public_size(patients) if size is None else size
     if not 1 <= size <= max(2 * patients, 10):
         raise BadInput(f"public size {size}: expected 1 to {max(2 * patients, 10)} for {patients} patients, rounded")
@@ -153,7 +160,7 @@ def register(
         size,
         licence,
         consent,
-        tuple(sorted(set(roles))),
+        tuple(sorted(set(roles or (Role.TRAIN,)))),
         files,
     )
     _write(target, json.dumps(asdict(entry), indent=1, ensure_ascii=True) + "\n")

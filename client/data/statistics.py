@@ -188,6 +188,7 @@ def release(found: Measured, site: str, study: Study | None, threshold: int = LE
     }
     return Released(
         site=site,
+        study=study.hash if study else "",
         threshold=threshold,
         patients=rounded_count(found.patients),
         modalities=modalities,

@@ -31,7 +31,7 @@ References: Maier-Hein et al. 2024, Metrics reloaded, https://doi.org/10.1038/s4
 from collections.abc import Mapping
 
 from .calibration import Bin, brier, ece, reliability
-from .intervals import Interval, bootstrap
+from .intervals import Interval, bootstrap, perfect_ends
 from .lesions import LESION_RULES, LesionRule, find_lesions, lesion_scores
 from .means import mean_interval
 from .outcome import c_index, c_index_interval, mean_absolute_error, root_mean_squared_error
@@ -65,6 +65,7 @@ __all__ = [
     "mean_absolute_error",
     "mean_interval",
     "metric_of",
+    "perfect_ends",
     "reliability",
     "root_mean_squared_error",
     "scan_scores",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "bootstrap"]
+__all__ = ["Interval", "bootstrap", "perfect_ends"]
 
 Interval = tuple[float, float, float]
 """Value, lower and upper end of its 95 % interval."""
@@ -46,3 +46,28 @@ def bootstrap(
 def _percentiles(value: float, draws: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(draws, [0.025, 0.975])
     return value, float(low), float(high)
+
+
+def perfect_ends(value: float, apart: float, level: float = 0.95) -> tuple[float, float] | None:
+    """Interval of an AUROC or concordance index of exactly 1 (or 0); no resample knows that it could be less.
+
+    Among the pairs there are ``apart`` that share no patient, so they are independent, and all are in order with
+    probability index^apart at most. What would make that rarer than α = (1 - level) / 2 is excluded: from α^(1/apart)
+    on. It holds for every distribution, and is as wide as that makes it.
+
+    Args:
+        value: the index.
+        apart: pairs without a patient in common; of an AUROC the patients of the rarer class.
+        level: of the interval.
+
+    Returns:
+        None where the value is not 0 or 1.
+
+    Example:
+        >>> [round(end, 3) for end in perfect_ends(1.0, 10) or ()]
+        [0.692, 1.0]
+    """
+    if value not in (0.0, 1.0) or apart <= 0:
+        return None
+    bound = ((1 - level) / 2) ** (1 / apart)
+    return (bound, 1.0) if value else (0.0, 1 - bound)

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .intervals import Interval
+from .intervals import Interval, perfect_ends
 
-__all__ = ["c_index", "c_index_interval", "mean_absolute_error", "root_mean_squared_error"]
+__all__ = ["c_index", "c_index_interval", "mean_absolute_error", "pairs_apart", "root_mean_squared_error"]
 
 _BLOCK: Final = 256  # patients whose pairs are held at a time
 _MIN_DEFINED: Final = 0.5  # share of resamples in which the index must be defined
@@ -57,8 +57,32 @@ def c_index_interval(
     defined = concordant[pairs > 0] / pairs[pairs > 0]
     if len(defined) <= _MIN_DEFINED * resamples:
         return None
-    low, high = np.quantile(defined, [0.025, 0.975])
+    low, high = perfect_ends(value, pairs_apart(time, event)) or np.quantile(defined, [0.025, 0.975])
     return value, float(low), float(high)
+
+
+def pairs_apart(time: Floats, event: NDArray[np.generic]) -> int:
+    """How many pairs that count can be made of the patients, each in one pair at most.
+
+    Example:
+        >>> pairs_apart(np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, False, False]))
+        2
+    """
+    # From the last on: whoever had the event takes one of those who outlived it. Of equal times, those without the
+    # event come last, and events at the same time make no pair.
+    seen = np.asarray(event).astype(np.bool_)
+    free = pairs = waiting = 0
+    last: float | None = None
+    for k in np.lexsort((~seen, time))[::-1]:
+        if time[k] != last:
+            free, waiting, last = free + waiting, 0, time[k]
+        if not seen[k]:
+            free += 1
+        elif free:
+            free, pairs = free - 1, pairs + 1
+        else:
+            waiting += 1
+    return pairs
 
 
 def _weighted(

@@ -26,7 +26,7 @@ __all__ = ["FewChannels2d", "InstanceNorm2d", "InstanceNorm3d", "PReLU"]
 
 # An operator of its own, because it reads the slope's value: a trace of the network (vmap's) may hold the operator, not
 # a value that changes with every step.
-_LIBRARY = torch.library.Library("fedneuro", "DEF")
+_LIBRARY: Any = torch.library.Library("fedneuro", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("prelu_backward(Tensor grad, Tensor x, Tensor slope, int groups) -> (Tensor, Tensor)")
 
 
@@ -96,9 +96,8 @@ class FewChannels2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "FewChannels2d":
         """The same convolution with the same parameters; the caller knows that this kernel suits it."""
-        made = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-        )
+        shape: dict[str, Any] = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding")}
+        made = cls(conv.in_channels, conv.out_channels, **shape, bias=conv.bias is not None)
         made.weight, made.bias = conv.weight, conv.bias
         return made
 

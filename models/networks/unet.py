@@ -52,7 +52,7 @@ def build(model: ModelSection, in_channels: int, out_channels: int) -> nn.Module
         channels=model.channels,
         strides=(2,) * (len(model.channels) - 1),
         num_res_units=model.residual_units,
-        act=(PReLU, {}),  # type: ignore[arg-type]  # MONAI takes a class in place of a name
+        act=(PReLU, {}),  # MONAI takes a class in place of a name
         norm=("FAST_INSTANCE", {"affine": True}) if model.norm == "instance" else ("GROUP", {"num_groups": 4}),
         dropout=model.dropout,
     )

@@ -19,9 +19,10 @@ from ..consortium import Consortium
 from ..events import Event
 from ..registry import SiteRecord
 from ..report_charts import metric_curve, train_curve
-from ..report_words import curve_metric, duration_text, epsilon_text, main_metric, metric_name, number
+from ..report_words import curve_metric, duration_text, epsilon_text, main_metric, metric_name
 from ..run_view import RunView, SiteView
 from ..run_words import clock, sentence
+from ..scores import heldout_scores, score_of, spent_so_far
 from .home import Home, Shown
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def _run_row(shown: Shown) -> dict[str, Any]:
         "who": view.who,
         "launched": clock(view.plan.launched or _first_heard(view)),
         "what": what,
+        "scores": [str(score) for score in heldout_scores(view, shown.study)],
         "canary": view.plan.canary,
     }
 
@@ -217,7 +219,8 @@ def run_page(shown: Shown, made: Mapping[str, Any], *, actions: bool) -> dict[st
     sites = sorted(
         view.sites.values(), key=lambda site: (site.role != "heldout", site.missing_since is None, site.name)
     )
-    rows = [_site_row(site, view, key) for site in sites]
+    privacy = spent_so_far(view.sites, study) if study else None
+    rows = [_site_row(site, view, key, privacy) for site in sites]
     training = [site for site in sites if site.role != "heldout"]
     charts, budgets = _charts(results, sites, key), _gauges(study, training)
     return {
@@ -264,18 +267,28 @@ def _pace(view: RunView) -> str:
     return f"{text}, about {duration_text(mean * left)} left" if view.is_live and left > 0 else text
 
 
-def _site_row(site: SiteView, view: RunView, key: str) -> dict[str, Any]:
-    score = site.metrics.get(key) if key else None
+def _site_row(site: SiteView, view: RunView, key: str, privacy: Mapping[str, Any] | None) -> dict[str, Any]:
+    score = score_of(site, key, privacy)
     return {
         "name": site.name,
         "heldout": site.role == "heldout",
         "role": {"heldout": "held out", "train": "trains"}.get(site.role, ""),
         "state": _state(site, view),
         "loss": "" if site.loss is None else f"{site.loss:.3f}",
-        "epsilon": "" if site.epsilon is None else epsilon_text(site.epsilon),
-        "score": "" if score is None else number(key, score),
+        "epsilon": _epsilon(site, privacy),
+        "score": score.value if score else "",
+        "interval": score.interval if score else "",
+        "price": score.price if score else "",
         "heard": clock(site.at)[11:],
     }
+
+
+def _epsilon(site: SiteView, privacy: Mapping[str, Any] | None) -> str:
+    """Its own, or for a score of a held-out hospital the largest of those that it owes to."""
+    if site.epsilon is not None:
+        return epsilon_text(site.epsilon)
+    spent = privacy["epsilon"].values() if privacy else ()
+    return f"≤ {epsilon_text(max(spent))}" if site.role == "heldout" and site.metrics and spent else ""
 
 
 def _state(site: SiteView, view: RunView) -> Text:

@@ -18,10 +18,11 @@ from typing import Any, Final
 
 from .equivalence import equivalence
 from .family import holm
-from .intervals import FEWEST, estimate_json, mean_interval
+from .intervals import Interval, Method, estimate_json, mean_interval
 from .moments import moments_interval, site_moments
 from .paired import compare_paired, power_note
 from .ranked_rows import Ranked, RankedRows
+from .seeds import Patients, Table, known, mean_over_seeds, seed_rows
 from .strata import Traits, strata_rows
 
 __all__ = ["ALL", "BEST_LOCAL", "EVIDENCE_VERSION", "INSIDE", "OURS", "OWN", "Judged", "Table", "build_evidence"]
@@ -41,11 +42,6 @@ BEST_LOCAL: Final = "local, best"
 ALL: Final = "*"
 """In place of a site: all sites, patients resampled within them."""
 
-Patients = Mapping[str, float | None]
-"""Value by patient; None where it is not a finite number."""
-Table = Mapping[str, Mapping[str, Patients]]
-"""Model: site: patients."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
@@ -61,6 +57,8 @@ class Judged:
         heldout: sites at which our model did not train; for the gap.
         notes: what a reader must know, such as patients that could not be read.
         ranked: metric of ranking: one table per seed.
+        bounds: metric: least and greatest value of a patient, of those that have both.
+        method: of intervals of means; None: what suits the metric. Differences have BCa, or ``percentile``.
     """
 
     metrics: Mapping[str, Sequence[Table]]
@@ -72,6 +70,8 @@ class Judged:
     heldout: Sequence[str] = ()
     notes: Sequence[str] = ()
     ranked: Mapping[str, Sequence[Ranked]] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    method: Method | None = None
 
 
 def build_evidence(judged: Judged, *, seed: int, resamples: int = 2000, margin: float = 0.02) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def build_evidence(judged: Judged, *, seed: int, resamples: int = 2000, margin: 
         resamples: at least 100.
         margin: of "not worse than", in the headline metric's unit; chosen before results are seen.
     """
-    tables = {metric: _mean_over_seeds(by_seed) for metric, by_seed in judged.metrics.items()}
+    tables = {metric: mean_over_seeds(by_seed) for metric, by_seed in judged.metrics.items()}
     main = tables.get(judged.main, {})
     maker = _Maker(judged, seed, resamples, margin)
     with_best = _with_chosen(main, judged)
@@ -128,8 +128,8 @@ def _evidence(
         "matrix": maker.matrix(main),
         "gap": maker.gap(main),
         "disparity": maker.disparity(main),
-        "strata": strata_rows(main.get(OURS, {}), judged.traits, seed=maker.seed, resamples=maker.resamples),
-        "seeds": _seeds(judged),
+        "strata": strata_rows(main.get(OURS, {}), judged.traits, interval=maker.of_values),
+        "seeds": seed_rows(judged.metrics.get(judged.main, ()), judged.titles, judged.sites),
         "notes": [*judged.notes, *maker.notes, *(note for rows in ranked for note in rows.notes)],
     }
 
@@ -151,12 +151,23 @@ class _Maker:
     margin: float
     notes: list[str] = field(default_factory=list)
 
-    def interval(self, strata: Sequence[Sequence[float | None]]) -> dict[str, Any] | None:
+    def of_values(self, strata: Sequence[Sequence[float | None]], metric: str = "") -> Interval:
+        """The mean of a metric (the headline's) with its interval."""
+        bounds, method = self.judged.bounds.get(metric or self.judged.main), self.judged.method
+        return mean_interval(strata, seed=self.seed, resamples=self.resamples, method=method, bounds=bounds)
+
+    def interval(
+        self, strata: Sequence[Sequence[float | None]], metric: str = "", *, difference: bool = False
+    ) -> dict[str, Any] | None:
         """An estimate as it stands in results; None without a finite value."""
         total = sum(map(len, strata))
-        if not any(_known(value) for values in strata for value in values):
+        if not any(known(value) for values in strata for value in values):
             return {"mean": None, "ci95": None, "n": 0, "failed": total} if total else None
-        return estimate_json(mean_interval(strata, seed=self.seed, resamples=self.resamples))
+        if difference:
+            return estimate_json(
+                mean_interval(strata, seed=self.seed, resamples=self.resamples, method=self.judged.method)
+            )
+        return estimate_json(self.of_values(strata, metric))
 
     def scores(self, metric: str, table: Table) -> list[dict[str, Any]]:
         """Each model at each site, on all patients that it was judged on there."""
@@ -167,13 +178,15 @@ class _Maker:
             if len(scopes) > 1:
                 scopes |= {ALL: [values for (values,) in scopes.values()]}
             for site, strata in scopes.items():
-                found = self.interval(strata)
+                found = self.interval(strata, metric)
                 if found:
                     rows.append({"model": model, "metric": metric, "site": site, **found})
-                    self._note_odd(model, metric, site, found)
+                    self._note_odd(model, metric, site, found, strata)
         return rows
 
-    def _note_odd(self, model: str, metric: str, site: str, found: Mapping[str, Any]) -> None:
+    def _note_odd(
+        self, model: str, metric: str, site: str, found: Mapping[str, Any], strata: Sequence[Sequence[float | None]]
+    ) -> None:
         where, title = f"at {site}", self.judged.titles[model]
         if site == ALL or metric != self.judged.main:
             return
@@ -182,10 +195,11 @@ class _Maker:
                 f"{title} {where}: {metric} of {found['failed']} of {found['n'] + found['failed']} patients is not a "
                 "finite number; they have no part in the mean"
             )
-        if found["n"] < FEWEST and (found["n"] == 1 or found.get("method") != "constant"):
+        distinct = {value for values in strata for value in values if known(value)}
+        if found["ci95"] is None and found["n"]:
             patients = "one patient" if found["n"] == 1 else f"{found['n']} patients"
             self.notes.append(f"{title} {where}: {patients}, so {metric} has no interval and no test")
-        elif found.get("method") == "constant" and found["n"] > 1 and model == OURS:
+        elif len(distinct) == 1 and found["n"] > 1 and model == OURS:
             self.notes.append(f"{title} {where}: {metric} is {found['mean']:g} for each of {found['n']} patients")
 
     def comparisons(self, table: Table) -> list[dict[str, Any]]:
@@ -217,9 +231,9 @@ class _Maker:
             "theirs": self.interval([[b for _, b in patients.values()] for patients in pairs.values()]),
             "p": None, "p_holm": None, "tests": 0,
         }  # fmt: skip
-        if not any(_known(value) for values in strata for value in values):
+        if not any(known(value) for values in strata for value in values):
             return row | {"difference": None, "note": "no patient has a finite value from both models"}
-        found = compare_paired(strata, seed=self.seed, resamples=self.resamples)
+        found = compare_paired(strata, seed=self.seed, resamples=self.resamples, method=self.judged.method)
         moments = [m for m in (site_moments([_times(sign, v) for v in values]) for values in strata) if m]
         return row | {
             "difference": estimate_json(found.difference),
@@ -269,7 +283,7 @@ class _Maker:
                         "site": site, "paired": True,
                         "inside": self.interval([[b for _, b in found.values()] for found in members.values()]),
                         "outside": self.interval([[a for a, _ in found.values()] for found in members.values()]),
-                        "difference": self.interval(strata),
+                        "difference": self.interval(strata, difference=True),
                     }
                 )  # fmt: skip
             return rows
@@ -289,8 +303,8 @@ class _Maker:
         more = self.judged.better.get(self.judged.main, True)
         rows = []
         for model in self.judged.titles:
-            known = {s: [v for v in p.values() if _known(v)] for s, p in table.get(model, {}).items()}
-            means = {site: fmean(v for v in values if v is not None) for site, values in known.items() if values}
+            finite = {s: [v for v in p.values() if known(v)] for s, p in table.get(model, {}).items()}
+            means = {site: fmean(v for v in values if v is not None) for site, values in finite.items() if values}
             if model == INSIDE or len(means) < 2:
                 continue
             worst = (min if more else max)(means, key=lambda site: means[site])
@@ -299,26 +313,6 @@ class _Maker:
                 {"model": model, "worst": worst, "value": means[worst], "range": spread, "sd": stdev(means.values())}
             )
         return rows
-
-
-def _mean_over_seeds(by_seed: Sequence[Table]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Per patient the mean over seeds; None if any seed's value is not finite."""
-    found: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for table in by_seed:
-        for model, sites in table.items():
-            for site, patients in sites.items():
-                for patient, value in patients.items():
-                    found.setdefault(model, {}).setdefault(site, {}).setdefault(patient, []).append(value)
-    return {
-        model: {
-            site: {
-                patient: fmean(v for v in values if v is not None) if all(map(_known, values)) else None
-                for patient, values in sorted(patients.items())
-            }
-            for site, patients in sites.items()
-        }
-        for model, sites in found.items()
-    }
 
 
 def _with_chosen(table: Table, judged: Judged) -> Table:
@@ -334,31 +328,11 @@ def _with_chosen(table: Table, judged: Judged) -> Table:
             if model == f"local: {site}":
                 own |= {site: table[model][site]} if site in table[model] else {}
                 continue
-            values = [v for p, v in table[model].get(site, {}).items() if p in ours and v is not None and _known(v)]
+            values = [v for p, v in table[model].get(site, {}).items() if p in ours and v is not None and known(v)]
             means |= {model: fmean(values)} if values else {}
         if means:
             best[site] = table[(max if more else min)(means, key=lambda model: means[model])][site]
     return {**table, **({BEST_LOCAL: best} if best else {}), **({OWN: own} if own else {})}
-
-
-def _seeds(judged: Judged) -> list[dict[str, Any]]:
-    """Spread over seeds of each model's mean, per site; empty with one seed."""
-    by_seed = judged.metrics.get(judged.main, ())
-    rows = []
-    for model in judged.titles if len(by_seed) > 1 else ():
-        for site in judged.sites:
-            means = []
-            for table in by_seed:
-                values = [v for v in table.get(model, {}).get(site, {}).values() if v is not None and _known(v)]
-                means += [fmean(values)] if values else []
-            if len(means) > 1:
-                rows.append(
-                    {
-                        "model": model, "site": site, "seeds": len(means), "mean": fmean(means), "sd": stdev(means),
-                        "lowest": min(means), "highest": max(means),
-                    }
-                )  # fmt: skip
-    return rows
 
 
 def _unpaired(outside: Sequence[Sequence[float | None]], inside: Sequence[Sequence[float | None]]) -> dict[str, Any]:
@@ -379,10 +353,6 @@ def _unpaired(outside: Sequence[Sequence[float | None]], inside: Sequence[Sequen
 
 def _shared(a: Patients, b: Patients) -> dict[str, tuple[float | None, float | None]]:
     return {patient: (a[patient], b[patient]) for patient in sorted(set(a) & set(b))}
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from .intervals import LEVEL, Interval, finite, mean_interval
+from .intervals import LEVEL, Interval, Method, finite, mean_interval
 
 __all__ = ["SMALLEST_TEST", "Paired", "compare_paired", "power_note", "rank_biserial", "signed_rank"]
 
@@ -49,13 +49,20 @@ class Paired:
     note: str
 
 
-def compare_paired(strata: Sequence[Sequence[float | None] | Values], *, seed: int, resamples: int = 2000) -> Paired:
+def compare_paired(
+    strata: Sequence[Sequence[float | None] | Values],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    method: Method | None = None,
+) -> Paired:
     """Compare two models by the differences of their values on each patient.
 
     Args:
         strata: (a - b) of each patient, one sequence per site; None and NaN are counted as failed.
         seed: of the resampling.
         resamples: at least 100.
+        method: of the interval of the difference; None: BCa.
 
     Raises:
         ValueError: no finite difference at all.
@@ -65,7 +72,7 @@ def compare_paired(strata: Sequence[Sequence[float | None] | Values], *, seed: i
         >>> found.effect, round(found.p_wilcoxon, 4)
         (1.0, 0.0156)
     """
-    difference = mean_interval(strata, seed=seed, resamples=resamples)
+    difference = mean_interval(strata, seed=seed, resamples=resamples, method=method)
     samples = [values for values, _ in map(finite, strata) if len(values)]
     together = np.concatenate(samples)
     note = ""

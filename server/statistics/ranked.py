@@ -29,6 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ...models.metrics import perfect_ends
+from ...models.metrics.outcome import pairs_apart
 from .intervals import LEVEL, Interval
 
 __all__ = [
@@ -57,7 +59,8 @@ Observed = Mapping[str, tuple[float, float, bool]]
 class Ranking:
     """A measure at one hospital with each patient's part in it.
 
-    ``fewest`` is the number of patients of the rarest class, or of events. ``pairs`` weights the hospital.
+    ``fewest`` is the number of patients of the rarest class, or of events. ``pairs`` weights the hospital. ``apart`` is
+    the number of pairs that share no patient.
     """
 
     value: float
@@ -66,6 +69,7 @@ class Ranking:
     groups: NDArray[np.int64]
     pairs: float
     fewest: int
+    apart: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +106,7 @@ def auroc_ranking(patients: Classified) -> Ranking | None:
     return Ranking(
         value=float(np.mean(areas)), patients=names, parts=parts / len(present), groups=targets,
         pairs=float(len(names) ** 2 - (counts**2).sum()) / 2, fewest=int(counts.min()),
+        apart=int(counts.min()),
     )  # fmt: skip
 
 
@@ -121,19 +126,24 @@ def concordance_ranking(patients: Observed) -> Ranking | None:
     parts = ((right.sum(0) + right.sum(1)) - value * (first.sum(0) + first.sum(1))) / pairs
     return Ranking(
         value=value, patients=names, parts=parts, groups=np.zeros(len(names), np.int64), pairs=pairs,
-        fewest=int(event.sum()),
+        fewest=int(event.sum()), apart=pairs_apart(time, event),
     )  # fmt: skip
 
 
 def ranked_interval(hospitals: Sequence[Sequence[Ranking]]) -> Interval:
     """The measure over hospitals, each given once per seed, with its interval on the logit scale.
 
-    A value of 0 or 1 has no interval, nor have parts without spread.
+    Parts without spread have no interval. A value of 0 or 1 has the one of :func:`.perfect_ends`; over hospitals with
+    weights w and k pairs apart, max(w / k) stands for 1 / k: the weighted mean is at least the weighted product.
     """
-    value = _value(hospitals)
+    value = round(_value(hospitals), 12)
     error = _error([_mean_parts(seeds) for seeds in hospitals], hospitals)
     n = sum(len(seeds[0].patients) for seeds in hospitals)
-    if not error or not 0 < value < 1:
+    if value in (0.0, 1.0):
+        share = max(w / min(r.apart for r in seeds) for w, seeds in zip(_weights(hospitals), hospitals, strict=True))
+        low, high = perfect_ends(value, 1 / share) or (None, None)
+        return Interval(mean=value, low=low, high=high, n=n, method="pairs apart")
+    if not error:
         return Interval(mean=value, low=None, high=None, n=n, method="none")
     centre, half = math.log(value / (1 - value)), _Z * error / (value * (1 - value))
     low, high = (1 / (1 + math.exp(-min(max(x, -700.0), 700.0))) for x in (centre - half, centre + half))

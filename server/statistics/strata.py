@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores by age band, sex, vendor, field strength and the like; groups of few patients are suppressed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
-from .intervals import finite, mean_interval
+from .intervals import Interval, finite
 
 __all__ = ["AGE_BANDS", "SMALLEST_CELL", "Traits", "age_band", "cell", "strata_rows"]
 
@@ -49,15 +49,17 @@ def cell(count: int) -> str:
 
 
 def strata_rows(
-    sites: Mapping[str, Mapping[str, float | None]], traits: Traits, *, seed: int, resamples: int
+    sites: Mapping[str, Mapping[str, float | None]],
+    traits: Traits,
+    *,
+    interval: Callable[[Sequence[Sequence[float | None]]], Interval],
 ) -> list[dict[str, Any]]:
     """Mean and interval per trait and value over all sites, patients resampled within sites.
 
     Args:
         sites: site: patient: value of the headline metric.
         traits: of the patients.
-        seed: of the resampling.
-        resamples: at least 100.
+        interval: of the mean over patients, from one sequence of values per site.
     """
     groups: dict[tuple[str, str], dict[str, list[float | None]]] = {}
     for site, patients in sites.items():
@@ -69,7 +71,7 @@ def strata_rows(
         n = sum(map(len, by_site.values()))
         row: dict[str, Any] = {"trait": trait, "group": group, "patients": cell(n), "mean": None, "ci95": None}
         if n >= SMALLEST_CELL and any(len(finite(values)[0]) for values in by_site.values()):
-            found = mean_interval(list(by_site.values()), seed=seed, resamples=resamples)
+            found = interval(list(by_site.values()))
             ends = None if found.low is None or found.high is None else [found.low, found.high]
             row |= {"mean": found.mean, "ci95": ends}
         rows.append(row)

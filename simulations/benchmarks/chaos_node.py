@@ -39,6 +39,7 @@ from ...privacy.contract import Arrays, Receipt, Refusal, Reply, Request, TrainR
 from ...privacy.errors import EnvironmentProblem
 from ...privacy.ledger import Ledger
 from ...privacy.study import Study
+from ...privacy.upkeep import QUIET_FLOWER
 from ...server.bundle import bundle, bundle_hash
 from ...server.flower_transport import FlowerTransport
 from ...server.rounds import initial_arrays
@@ -102,8 +103,7 @@ def bench_chaos_node(
     Raises:
         EnvironmentProblem: the node did not come back, or what must hold does not.
     """
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.update(QUIET_FLOWER)
     draw = random.Random(seed)  # noqa: S311 - moments of faults
     with tempfile.TemporaryDirectory(prefix="fn-chaos-") as name, _scene(Path(name)) as scene:
         left_out = {kind: why for kind, why in scene.cannot.items() if kind in kinds}
@@ -156,8 +156,7 @@ def _study() -> Study:
 def _scene(folder: Path) -> Iterator["_Scene"]:
     """SuperLink, link, disk, node and the coordinator's run, all of them up."""
     with ExitStack() as stack:
-        env = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1"}
-        processes = stack.enter_context(Processes(folder / "logs", env))
+        processes = stack.enter_context(Processes(folder / "logs", QUIET_FLOWER))
         link = stack.enter_context(start_superlink(folder / "superlink", processes))
         wire = TcpLink(int(link.address.rpartition(":")[2]))
         stack.callback(wire.close)

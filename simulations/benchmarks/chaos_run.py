@@ -63,7 +63,7 @@ PATIENCE_SECONDS = 300.0
 """For one trial; a killed SuperNode counts as online for up to a minute."""
 RESTART_SECONDS = 2.0
 _ENTRIES = {
-    "server": "fedneuro.server.runner:main", "superlink": "flower_superlink:flower_superlink", "guard": "nginx: master",
+    "server": "fedneuro.server.runner:main", "superlink": "fedneuro.server.superlink:main", "guard": "nginx: master",
     "supernode": "fedneuro.client.supernode:main", "runner": "fedneuro.client.cli:main",
 }  # fmt: skip
 

@@ -33,10 +33,10 @@ from ...privacy.contract import Role
 from ...privacy.errors import EnvironmentProblem
 from ...privacy.flower_tasks import TaskSource, heartbeat
 from ...privacy.study import Study
+from ...server.superlink import SUPERLINK, superlink_arguments
 from ..certificates import make_certificates, make_node_key, write_private
 from ..control import Control
 from ..processes import Processes, claim_port
-from ..rehearsal import SUPERLINK
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -86,11 +86,10 @@ def start_superlink(folder: Path, processes: Processes) -> Iterator[SuperLink]:
     folder.mkdir(parents=True, mode=0o700)
     files, secret, port = make_certificates(folder), folder / "runner.secret", claim_port()
     write_private(secret, secrets.token_hex(32).encode())
-    words = ["--host", "127.0.0.1", "--port", str(port), "--database", str(folder / "superlink.db")]
-    words += ["--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.server)]
-    words += ["--ssl-keyfile", str(files.server_key), "--enable-supernode-auth"]
-    words += ["--disable-runtime-dependency-installation"]
-    words += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    words = superlink_arguments(
+        f"127.0.0.1:{port}", folder / "superlink.db", authority=files.authority, certificate=files.server,
+        key=files.server_key, secret=secret,
+    )  # fmt: skip
     processes.start("superlink", SUPERLINK, words, {"FLWR_HOME": str(folder / "home")})
     with closing(Control(f"127.0.0.1:{port}", files.authority)) as control:
         wait_until("the SuperLink starts", control.is_healthy)

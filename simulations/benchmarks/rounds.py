@@ -32,7 +32,7 @@ from ...server.store import RunStore
 from ..certificates import make_certificates, make_node_key
 from ..control import Control
 from ..processes import Processes, claim_port
-from ..rehearsal import SUPERLINK, rehearse
+from ..rehearsal import rehearse
 from ..sites import find_sites, site_settings
 
 __all__ = ["bench_rounds", "write_tiny_site"]
@@ -40,6 +40,7 @@ __all__ = ["bench_rounds", "write_tiny_site"]
 _NIB: Any = nibabel  # it carries no type information
 
 HOSPITALS = ("north", "south")
+STOCK_SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
 STOCK_SECONDS = 600.0
 """Patience with the stock arm."""
 
@@ -198,7 +199,7 @@ def _stock_arm(rounds: int, size: int, folder: Path) -> list[float]:
         superlink += ["--ssl-ca-certfile", str(certificates.authority), "--ssl-certfile", str(certificates.server)]
         superlink += ["--ssl-keyfile", str(certificates.server_key), "--enable-supernode-auth"]
         superlink += ["--disable-runtime-dependency-installation"]
-        processes.start("superlink", SUPERLINK, superlink, {"FLWR_HOME": str(folder / "home")})
+        processes.start("superlink", STOCK_SUPERLINK, superlink, {"FLWR_HOME": str(folder / "home")})
         _until(control.is_healthy, processes, "superlink")
         for name in HOSPITALS:
             control.register(make_node_key(folder / f"{name}.key"), name)

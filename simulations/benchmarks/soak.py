@@ -21,6 +21,7 @@ import psutil
 from ...privacy.contract import Receipt, Request, TrainReply
 from ...privacy.errors import EnvironmentProblem
 from ...privacy.study import Study
+from ...privacy.upkeep import QUIET_FLOWER
 from ...server.bundle import bundle, bundle_hash
 from ...server.flower_transport import FlowerTransport
 from ...server.rounds import initial_arrays
@@ -45,16 +46,14 @@ def bench_soak(json_path: Path | None = None, *, rounds: int = 300, private: boo
     Raises:
         EnvironmentProblem: the node refuses a round.
     """
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.update(QUIET_FLOWER)
     study = _study(rounds, private=private)
     memory: dict[str, list[int]] = {}
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fn-soak-") as name, ExitStack() as stack:
         folder = Path(name)
-        env = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1"}
         link = stack.enter_context(
-            start_superlink(folder / "superlink", stack.enter_context(Processes(folder / "logs", env)))
+            start_superlink(folder / "superlink", stack.enter_context(Processes(folder / "logs", QUIET_FLOWER)))
         )
         write_tiny_site(folder / "data", patients=8)
         content = bundle()

@@ -7,16 +7,17 @@ finished; what is missing is told in a note.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from ...client.patient_scores import FILE
-from ...models.metrics import METRICS, higher_is_better
+from ...models.metrics import bounds_of, higher_is_better, metric_of
 from ...server.statistics.evidence import INSIDE, OURS, Judged
-from ...server.statistics.strata import Traits
+from ...server.statistics.strata import Traits, cell
 from .links import read_index
 from .plan import Fold, Plan
 
@@ -35,8 +36,10 @@ TITLES: Mapping[str, str] = {
 
 Records = dict[str, dict[str, dict[str, dict[str, dict[str, list[Any]]]]]]
 """As :data:`Scores`, of AUROC and concordance: what a patient's rank rests on, one per fold."""
-_NO_METRIC: Final = frozenset({"class", "failures", "predicted", "observed", "event"})
-"""Values of patients that are not a metric."""
+_NO_METRIC: Final = frozenset({"class", "failures", "predicted", "observed", "event", "reference_ml"})
+_NO_METRICS: Final = ("probability_", "absent_")
+"""Values of patients that are not a metric, and how their names begin."""
+_ABSENT: Final = "absent_"
 Scores = dict[str, dict[str, dict[str, dict[str, dict[str, list[float | None]]]]]]
 """Metric: seed: model: hospital: patient: values, one per fold."""
 
@@ -53,6 +56,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
     records: Records = {}
     notes: list[str] = []
     missing: list[str] = []
+    drawn: dict[str, dict[str, Mapping[str, Any]]] = {}
     done: set[Path] = set()
     for fold in plan.folds:
         for model, path, hospital, index in _places(plan, fold):
@@ -66,6 +70,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
             for patient, values in patients.items():
                 site, own = index.get(patient, (hospital, patient)) if index or not hospital else (hospital, patient)
                 _add(scores, fold.seed, model, site, own, values)
+                drawn.setdefault(site, {}).setdefault(own, values)
                 _add_record(records, fold.seed, model, site, own, values)
                 if model == OURS and "majority" in plan.compare.kinds and "class" in values:
                     guess = majority.get(fold.name)
@@ -87,6 +92,8 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
         notes.append("previous release: nothing is known of whom it was trained on; these patients may be among them")
     if "majority" in plan.compare.kinds and any(guess is None for guess in majority.values()):
         notes.append("majority class: unknown in a fold, as participants.tsv of the training hospitals names no class")
+    if plan.study.task.kind == "segmentation":
+        notes += _empty_notes(plan, drawn)
     heldout = [fold.hospital[name] for fold in plan.folds for name in fold.tests]
     return Judged(
         metrics={
@@ -100,7 +107,9 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
         },
         main=main_metric_of(plan, {*scores, *ranked}),
         better={metric: more_is_better(metric) for metric in scores},
-        traits=traits,
+        bounds={metric: bounds for metric in scores if (bounds := bounds_of(metric))},
+        method=None if plan.study.evaluation.interval == "auto" else plan.study.evaluation.interval,
+        traits=_with_sizes(traits, drawn, plan.study.evaluation.size_cuts),
         heldout=list(dict.fromkeys(heldout)),
         notes=notes,
     )
@@ -114,8 +123,7 @@ def main_metric_of(plan: Plan, known: set[str]) -> str:
 
 def more_is_better(metric: str) -> bool:
     """Direction of a metric or of one of its labels (``dice_anterior``)."""
-    base = max((name for name in METRICS if metric == name or metric.startswith(f"{name}_")), key=len, default="")
-    return higher_is_better.get(base, True)
+    return higher_is_better.get(metric_of(metric), True)
 
 
 Place = tuple[str, Path, str, Mapping[str, tuple[str, str]]]
@@ -179,9 +187,41 @@ def _read(path: Path, model: str, hospital: str, notes: list[str], missing: list
     return patients
 
 
+Drawn = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Hospital: patient: what is known of the reference mask."""
+
+
+def _with_sizes(traits: Traits, drawn: Drawn, cuts: Sequence[float]) -> Traits:
+    """The traits, with the volume of each patient's lesions as one of them."""
+    names = [f"under {cuts[0]:g} ml", f"{cuts[0]:g} to {cuts[1]:g} ml", f"{cuts[1]:g} ml and more"]
+    found = {site: dict(patients) for site, patients in traits.items()}
+    for site, patients in drawn.items():
+        for patient, values in patients.items():
+            if (ml := values.get("reference_ml")) is not None:
+                size = names[bisect_right(cuts, ml)] if ml else "none"
+                own = found.setdefault(site, {})
+                own[patient] = {**own.get(patient, {}), "lesion volume": size}
+    return found
+
+
+def _empty_notes(plan: Plan, drawn: Drawn) -> list[str]:
+    """Hospitals at which the reference lacks a label, or all of them: scores there follow the rule of empty masks."""
+    labels, notes = plan.study.task.labels, list[str]()
+    for site, patients in drawn.items():
+        lacks = {label: sum(_ABSENT + label in values for values in patients.values()) for label in labels}
+        empty = sum(all(_ABSENT + label in values for label in labels) for values in patients.values())
+        rule = "such a patient counts by the rule of empty masks: Dice 1 where nothing is predicted, else 0"
+        if empty:
+            notes.append(f"{site}: the reference mask is empty for {cell(empty)} of {len(patients)} patients; {rule}")
+        for label in labels:
+            if len(labels) > 1 and lacks[label] == len(patients) > empty:
+                notes.append(f"{site}: no reference mask has the label {label}; its scores there say little, as {rule}")
+    return notes
+
+
 def _add(scores: Scores, seed: int, model: str, site: str, patient: str, values: Mapping[str, float | None]) -> None:
     for metric, value in values.items():
-        if metric not in _NO_METRIC and not metric.startswith("probability_"):
+        if metric not in _NO_METRIC and not metric.startswith(_NO_METRICS):
             table = scores.setdefault(metric, {}).setdefault(f"{seed:010d}", {}).setdefault(model, {})
             table.setdefault(site, {}).setdefault(patient, []).append(value)
 

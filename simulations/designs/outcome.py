@@ -117,6 +117,12 @@ def _fold(plan: Plan, number: int) -> dict[str, Any]:
         "seconds": found["seconds"],
         "privacy": {key: found["privacy"].get(key) for key in ("mode", "epsilon", "delta", "unit")},
         "start": found.get("start", {}),
+        # What a cohort has and no patient: calibration, sensitivity at the training hospitals' threshold, AUPRC.
+        "sites": {
+            tests[name]: {key: site.get(key) for key in ("metrics", "reliability", "threshold")}
+            for name, site in found["sites"].items()
+            if name in tests
+        },
         "rounds": [
             {
                 "round": record["round"], "seconds": record["seconds"],

@@ -3,9 +3,9 @@
 
 Three columns are added to ``participants.tsv``; scans and masks stay as they are, byte for byte:
 
-    score    a test score, 0 to 100: 100 less 12 for each doubling of the lesions' volume over 1 ml, noise of 5
-    months   until death or the end of observation (12 to 60 months): exponential, a median of 30 months at 12 ml, which
-             each doubling of the volume halves
+    score    a test score, 0 to 100: 100 less 10 for each doubling of the lesions' volume over 1 ml, noise of 5
+    months   until death or the end of observation (12 to 60 months): Weibull of shape 2 (the hazard rises with time), a
+             median of 30 months at 24 ml, which each doubling of the volume halves
     died     1 where death was seen, 0 where observation ended before it
 
 A patient's outcome depends on the seed, the site's name, the patient and the mask, and on nothing else.
@@ -28,8 +28,8 @@ __all__ = ["COLUMNS", "add_outcomes"]
 COLUMNS: Final = ("score", "months", "died")
 ML: Final = 1000.0
 """mm³ per ml."""
-SCORE, PER_DOUBLING, SCORE_NOISE = 100.0, 12.0, 5.0
-MEDIAN_MONTHS, AT_ML, SHORTER = 30.0, 12.0, 0.5
+SCORE, PER_DOUBLING, SCORE_NOISE = 100.0, 10.0, 5.0
+MEDIAN_MONTHS, AT_ML, SHORTER, SHAPE = 30.0, 24.0, 0.5, 2.0
 OBSERVED: Final = (12.0, 60.0)
 
 
@@ -72,7 +72,7 @@ def _outcome(millilitres: float, name: str, patient: str, seed: int) -> dict[str
     doublings = math.log2(max(millilitres, 0.1))
     score = float(np.clip(SCORE - PER_DOUBLING * doublings + generator.normal(0, SCORE_NOISE), 0, 100))
     median = MEDIAN_MONTHS * SHORTER ** (doublings - math.log2(AT_ML))
-    death, end = generator.exponential(median / math.log(2)), generator.uniform(*OBSERVED)
+    death, end = median * (generator.exponential() / math.log(2)) ** (1 / SHAPE), generator.uniform(*OBSERVED)
     return {"score": f"{score:.1f}", "months": f"{min(death, end):.1f}", "died": str(int(death < end))}
 
 

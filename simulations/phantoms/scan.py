@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .anatomy import TISSUES, Anatomy, Volume, smooth_field
+from .lesions import draw_kind
 from .style import SiteStyle
 
 __all__ = ["draw_lesions", "scan"]
@@ -31,8 +32,13 @@ def draw_lesions(generator: np.random.Generator, anatomy: Anatomy, style: SiteSt
     Args:
         generator: the patient's generator.
         anatomy: the head.
-        style: number and size of lesions.
+        style: number, size and kind of lesions.
     """
+    if style.lesion_kind != "blob":
+        voxels = LEAST_ML * 1000 / float(np.prod(anatomy.grid.voxel_mm))
+        while np.count_nonzero((found := draw_kind(style.lesion_kind, generator, anatomy)[0]) > 0.5) < voxels:
+            pass  # most of it fell outside the brain
+        return found
     wm = anatomy.fraction("wm")
     candidates = np.argwhere((wm > 0.75) & (anatomy.height_mm > -20))
     resistance = 0.35 * anatomy.fraction("gm") + 3.0 * anatomy.fraction("csf")

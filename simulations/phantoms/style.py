@@ -64,6 +64,8 @@ class SiteStyle:
         intensity: stored value of grey level 1.
         float_storage: 32-bit floats rather than 16-bit integers.
         mean_age: years.
+        lesion_kind: ``blob``: several rounded ones, by the three keys above; ``mass``: one glioma-like mass per
+            patient, its size drawn widely (:mod:`.lesions`).
     """
 
     scanner: str
@@ -80,6 +82,7 @@ class SiteStyle:
     intensity: float = 1000.0
     float_storage: bool = False
     mean_age: float = 55.0
+    lesion_kind: str = "blob"
 
 
 def generator_of(*parts: str | int) -> np.random.Generator:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,6 +77,7 @@ def write_federation(
     workers: int = 1,
     modalities: Sequence[str] = ("FLAIR", "T1w"),
     resolution_mm: float = 3.0,
+    lesion_kind: str = "blob",
     progress: Progress | None = None,
 ) -> None:
     """Write one folder per site below ``out``.
@@ -87,6 +89,7 @@ def write_federation(
         workers: processes; the bytes do not depend on it.
         modalities: what is scanned.
         resolution_mm: voxel size that sites vary around, see :func:`style_of`.
+        lesion_kind: as :class:`SiteStyle` has it.
         progress: told of each patient.
 
     Raises:
@@ -97,7 +100,7 @@ def write_federation(
         _check(name, patients, modalities)
     jobs = []
     for name, patients in sites.items():
-        style = style_of(name, seed, resolution_mm=resolution_mm)
+        style = replace(style_of(name, seed, resolution_mm=resolution_mm), lesion_kind=lesion_kind)
         with _writing(out / name):
             _write_tables(out / name, name, patients, seed, style, modalities)
         jobs += [(out / name, name, number, seed, style, tuple(modalities)) for number in range(1, patients + 1)]

@@ -5,42 +5,17 @@
     python -m tests.client.defences NAME …     some
     python -m tests.client.defences --table    the rows of docs/threats.md
 
-A test that passes without its defence proves nothing. ``test_defences.py`` keeps list, source and document together.
-What our code imports is loaded once; each defence then gets a process that begins with it (``fork``), and loads our
-code from the copy.
+How that is done: ``tests/switched_off.py``. ``test_defences.py`` keeps list, source and document together.
 """
 
-import importlib
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-__all__ = ["DEFENCES", "ROOT", "Defence", "rows"]
+from tests.switched_off import forked, main, table
 
-ROOT = Path(__file__).parents[2]
-_ROOMS = ("client", "models", "privacy", "server", "simulations")
-_LOADED_ONCE = (
-    "pytest", "torch", "monai.networks.nets", "nibabel", "scipy.stats", "dp_accounting", "grpc", "httpx", "uvicorn",
-    "flwr.serverapp", "flwr.supernode.main", "flwr.supernode.start_client_internal", "pydantic", "typer", "tomlkit",
-)  # fmt: skip
-_FINDER = """
-import importlib.machinery, importlib.util, sys
-ROOT, ROOMS = {root!r}, {rooms!r}
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        parts = name.split(".")
-        if parts[0] == "fedneuro" and len(parts) == 2 and parts[1] in ROOMS:
-            place = ROOT + "/" + parts[1]
-            return importlib.util.spec_from_file_location(
-                name, place + "/__init__.py", submodule_search_locations=[place]
-            )
-sys.meta_path.insert(0, Finder)
-"""
+__all__ = ["DEFENCES", "Defence", "rows"]
+
 H, R, B = "test_hostile.py::", "test_runner.py::", "test_message_bounds.py::"
 L, V, S = "test_lost_tasks.py::", "test_revocations.py::", "test_site.py::"
 
@@ -465,75 +440,12 @@ DEFENCES: dict[str, Defence] = {
 
 def rows() -> Iterator[str]:
     """The table of docs/threats.md."""
-    yield "| it tries | what stops it | test (`tests/client/`) |"
-    yield "|---|---|---|"
-    for defence in DEFENCES.values():
-        tests = ", ".join(f"`{name.replace('.py::test_', ': ').removeprefix('test_')}`" for name in defence.tests)
-        yield f"| {defence.attack} | {defence.stops} | {tests} |"
-
-
-def _fails_without(name: str, copy: Path) -> str:
-    """Switch one defence off in ``copy``, run its tests, put it back; what failed."""
-    defence, before = DEFENCES[name], dict[Path, str]()
-    for file, old, new in defence.changes:
-        path = copy / file
-        text = path.read_text(encoding="utf-8")
-        before.setdefault(path, text)
-        path.write_text(text.replace(old, new), encoding="utf-8")
-    said = copy / f"{name}.txt"
-    pid = os.fork()
-    if pid == 0:
-        _test(copy, [f"tests/client/{test}" for test in defence.tests], said)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    for path, text in before.items():
-        path.write_text(text, encoding="utf-8")
-    out = said.read_text(encoding="utf-8")
-    failed = [line.split("::")[-1].split(" ")[0] for line in out.splitlines() if line.startswith("FAILED")]
-    return ", ".join(failed) if code == 1 else "" if code == 0 else f"ended with {code}\n{out}"
-
-
-def _test(copy: Path, tests: list[str], said: Path) -> None:
-    """In a process of its own: run tests with the code of ``copy``; does not return."""
-    code = 70
-    try:
-        file = os.open(said, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.chdir(copy)
-        os.environ.update({"PYTHONPATH": str(copy / "finder"), "PYTHONDONTWRITEBYTECODE": "1"})
-        sys.dont_write_bytecode = True
-        for loaded in [found for found in sys.modules if found.split(".")[0] in ("tests", "fedneuro")]:
-            del sys.modules[loaded]
-        sys.path[:0] = [str(copy), str(copy / "finder")]
-        importlib.import_module("finder_of_the_copy")
-        code = int(importlib.import_module("pytest").main(["-q", "--tb=no", "-p", "no:cacheprovider", *tests]))
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
-
-
-def main(names: Sequence[str]) -> int:
-    """Try the defences of these names, or all; 0 where each of them is needed."""
-    useless = 0
-    with tempfile.TemporaryDirectory(prefix="fn-defences-") as folder:
-        copy = Path(folder)
-        for room in (*_ROOMS, "tests"):
-            shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
-        (copy / "finder").mkdir()
-        for module in ("sitecustomize", "finder_of_the_copy"):  # for processes that a test starts, and for this one
-            (copy / "finder" / f"{module}.py").write_text(_FINDER.format(root=str(copy), rooms=_ROOMS))
-        for module in _LOADED_ONCE:
-            importlib.import_module(module)
-        for name in names or DEFENCES:
-            failed = _fails_without(name, copy)
-            print(f"{name}: {failed or 'NOTHING FAILS'}", flush=True)
-            useless += not failed
-    return bool(useless)
+    cells = {name: (found.attack, found.stops) for name, found in DEFENCES.items()}
+    return table(("it tries", "what stops it", "test (`tests/client/`)"), cells, DEFENCES)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         print("\n".join(rows()))
     else:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:], DEFENCES, "client", forked))

@@ -4,9 +4,11 @@
 import multiprocessing
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -60,6 +62,39 @@ def test_several_processes_build_the_same_and_go_on_where_they_were(tmp_path: Pa
     assert len(str(caught.value).splitlines()) == 1
     assert len(content(tmp_path / "two")) >= 4
     assert {path: path.stat().st_ino for path in kept} == kept
+
+
+def _stops_half_way(root: Path, cache: Path) -> None:
+    os.setsid()
+    open_site(root, make_study(), cache=cache, workers=2, progress=lambda *_: time.sleep(60))
+
+
+def test_a_build_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    """Workers that wait for work held their memory for ever; the next build goes on with what is there."""
+    root, cache = write_site(tmp_path / "HT", patients=5), tmp_path / "cache"
+    child = multiprocessing.get_context("fork").Process(target=_stops_half_way, args=(root, cache))
+    child.start()
+    assert child.pid is not None
+    deadline = time.monotonic() + 60
+    while len(_session(child.pid)) < 3 or not content(cache):
+        assert time.monotonic() < deadline and child.is_alive()
+        time.sleep(0.05)
+    child.kill()
+    child.join()
+    while _session(child.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(open_site(root, make_study(), cache=cache).patients) == 5
+
+
+def _session(leader: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def _die(_: Any) -> None:

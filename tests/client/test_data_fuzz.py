@@ -6,22 +6,29 @@ limits on memory, and guided by coverage.
 """
 
 import gzip
+import multiprocessing
 import os
 import random
 import struct
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
+from pydicom.dataset import Dataset
 
 from fedneuro.privacy.errors import DataError
-from fedneuro.simulations.benchmarks.fuzz import HANG_SECONDS, READERS, bench_fuzz, changed, sound_files
+from fedneuro.simulations.benchmarks import fuzz
+from fedneuro.simulations.benchmarks.fuzz import bench_fuzz
+from fedneuro.simulations.benchmarks.fuzz_inputs import _picture, _stored, changed, changed_inside, sound_files
+from fedneuro.simulations.benchmarks.fuzz_reader import HANG_SECONDS, READERS, shielded
 
 EXAMPLES = int(os.environ.get("FEDNEURO_FUZZ_EXAMPLES", "100"))
 EVERY_CHECK: Any = list(HealthCheck)
@@ -100,6 +107,17 @@ def test_bytes_of_any_kind(raw: bytes, dicom: bool) -> None:
     assert read("dicom", bytes(128) + b"DICM" + raw if dicom else raw)
 
 
+def test_a_broken_sequence_is_a_line() -> None:
+    """Found by coverage in 300 s: pydicom puts a whole traceback into the message of its OSError."""
+    picture = _picture("4")
+    picture.ReferencedSeriesSequence = [Dataset()]
+    whole = b"\x08\x00\x15\x11SQ\0\0\x08\0\0\0\xfe\xff\x00\xe0\0\0\0\0"  # an empty item, of 8 bytes
+    raw = _stored(picture)
+    assert raw.count(whole) == 1
+    told = read("dicom", raw.replace(whole, whole[:8] + b"\x04\0\0\0" + whole[12:16]))
+    assert "damaged DICOM file (With tag" in told and "No tag to read" in told and "Traceback" not in told
+
+
 def test_a_bomb_is_refused_quickly() -> None:
     """A header that promises what the limits allow, and gzip that unfolds to more than them."""
     raw = bytearray(CORPUS["nifti"][0])
@@ -110,6 +128,15 @@ def test_a_bomb_is_refused_quickly() -> None:
         "nifti", gzip.compress(bytes(raw), 1) + gzip.compress(bytes(1 << 24)) * 70
     )
     assert time.process_time() - started < HANG_SECONDS
+
+
+def test_changes_reach_what_is_packed() -> None:
+    packed = CORPUS["nifti"][1]
+    found = [changed_inside(packed, lambda raw, _: raw + b"end", 1 << 16, seed) for seed in range(20)]
+    inside = [raw for raw in found if raw[:2] == b"\x1f\x8b" and not raw.endswith(b"end")]
+    assert len(inside) > 10 and all(gzip.decompress(raw).endswith(b"end") for raw in inside)
+    assert changed_inside(packed[:50], lambda raw, _: raw[:1], 1 << 16, 1) == b"\x1f"  # what cannot be unpacked
+    assert all(changed([packed[:50]], random.Random(seed)) is not None for seed in range(20))  # noqa: S311
 
 
 def _broken_reader(path: Path) -> None:
@@ -123,25 +150,113 @@ def _slow_reader(_: Path) -> None:
         pass
 
 
+def _greedy_reader(_: Path) -> None:
+    try:
+        bytearray(1 << 62)
+    except MemoryError as error:
+        raise DataError("cannot be read") from error
+
+
 def test_the_clock_counts_the_readers_own_work_and_not_what_is_loaded_before(tmp_path: Path) -> None:
     """On a busy machine the first import took longer than the limit: stopped half-way, it broke every later one."""
-    from fedneuro.simulations.benchmarks.fuzz import _shielded
-
-    place = tmp_path / "site"
-    assert _shielded(_slow_reader, tmp_path, place, b"", seconds=0.1).startswith("hang")
-    assert _shielded(_slow_reader, tmp_path, place, b"", seconds=0) == "read"
-    assert _shielded(lambda _: time.sleep(0.3), tmp_path, place, b"", seconds=0.1) == "read"
+    assert shielded(_slow_reader, tmp_path, b"", seconds=0.1).startswith("hang")
+    assert shielded(_slow_reader, tmp_path, b"", seconds=0) == "read"
+    assert shielded(lambda _: time.sleep(0.3), tmp_path, b"", seconds=0.1) == "read"
 
 
-def test_the_bench_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The short run finds nothing; a reader that raises something else is found, with the input."""
+def test_a_traceback_and_a_refusal_for_want_of_memory_are_faults(tmp_path: Path) -> None:
+    assert shielded(_broken_reader, tmp_path, b"\x01").endswith("RuntimeError: not a line\n")
+    assert shielded(_broken_reader, tmp_path, b"\x02") == "read"
+    assert shielded(_greedy_reader, tmp_path, b"") == "memory: more asked for than there is"
+
+
+def test_the_short_run_finds_nothing(tmp_path: Path) -> None:
     found = bench_fuzz(tmp_path / "out.json", seconds=1.0, keep=tmp_path / "keep")
-    assert found["faults"] == [] and found["inputs"] > 50 and not (tmp_path / "keep").exists()
-    from fedneuro.simulations.benchmarks import fuzz
+    assert found["faults"] == found["not_repeated"] == [] and found["inputs"] > 50
+    assert found["slowest_cpu_s"] > 0 and not (tmp_path / "keep").exists()
 
-    readers: dict[str, Callable[[Path], None]] = {"nifti": _broken_reader}
-    monkeypatch.setattr(fuzz, "READERS", readers)
-    work = tmp_path / "work"
-    work.mkdir()
-    assert "RuntimeError: not a line" in fuzz._shielded(_broken_reader, work, work / "site", b"\x01")
-    assert fuzz._shielded(_broken_reader, work, work / "site", b"\x02") == "read"
+
+def _loaded(work: Path) -> None:
+    """As :func:`fedneuro.simulations.benchmarks.fuzz_reader.feed`, once everything is loaded."""
+    os.setsid()
+    (work / "input").write_bytes(b"")
+    (work / "count").write_text("{}")
+
+
+def _computes(work: Path) -> None:
+    _loaded(work)
+    while True:  # a signal cannot tell this from compiled code: the process has no clock of its own here
+        pass
+
+
+def _starts_another(work: Path) -> None:
+    import subprocess
+    import sys
+
+    _loaded(work)
+    subprocess.run([sys.executable, "-c", "while True: pass"], check=False)
+
+
+def _waits(work: Path) -> None:
+    """And looks up now and then."""
+    _loaded(work)
+    while True:
+        time.sleep(0.1)
+
+
+def _goes_on(work: Path) -> None:
+    """Longer than every limit, one input after the other."""
+    _loaded(work)
+    for number in range(30):
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        (work / "input").write_bytes(bytes([number]))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [(_computes, "CPU time in compiled"), (_starts_another, "CPU time in"), (_waits, "waited for"), (_goes_on, "")],
+)
+def test_a_hang_is_seen_from_outside_and_slow_progress_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Callable[[Path], None], told: str
+) -> None:
+    monkeypatch.setattr(fuzz, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "BLOCKED_SECONDS", 1.0)
+    child = multiprocessing.get_context("fork").Process(target=body, args=(tmp_path,), daemon=True)
+    child.start()
+    died, _ = fuzz.watch(child, tmp_path)
+    assert told in died if told else died == ""
+    assert not child.is_alive()
+    deadline = time.monotonic() + 5
+    while _of_session(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _of_session(child.pid)
+
+
+def _of_session(leader: int | None) -> list[int]:
+    """Processes that live."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def test_a_fault_that_repeats_is_told_from_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process dies of either input; a fresh one only of one of them."""
+    found = iter([[fuzz._Found("the process died", "", b"always")], [fuzz._Found("hang", "", b"once")]])
+
+    def process(work: Path, *rest: Any) -> Any:
+        if (only := rest[-1] if len(rest) == 6 else None) is not None:
+            return ([fuzz._Found("again", "", only)] if only == b"always" else []), {}, 0.0
+        work.mkdir()
+        return next(found), {"read": 1.0}, 1.0
+
+    monkeypatch.setattr(fuzz, "_one_process", process)
+    told = bench_fuzz(seconds=2.0, keep=tmp_path / "keep")
+    assert [entry["fault"] for entry in told["faults"]] == ["the process died"]
+    assert [entry["fault"] for entry in told["not_repeated"]] == ["hang"]
+    assert Path(told["not_repeated"][0]["input"]).read_bytes() == b"once" and told["inputs"] == 2

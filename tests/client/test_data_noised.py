@@ -3,6 +3,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,22 @@ from typer.testing import CliRunner
 from fedneuro.client.audit_chain import verify_log
 from fedneuro.client.audit_views import egress_text
 from fedneuro.client.cli_data import app
+from fedneuro.client.data import noised as noised_release
 from fedneuro.client.data.noised import counted, release_noised, with_noise
-from fedneuro.client.data.statistics import Measured, measure
-from fedneuro.client.gatekeeper import audit_log
+from fedneuro.client.data.statistics import Measured, measure, release
+from fedneuro.client.data.telling import content_of, sealed
 from fedneuro.privacy.accounting import epsilon
 from fedneuro.privacy.errors import BadInput, BudgetExhausted, LedgerDistrusted, Refused
+from fedneuro.privacy.identity import fingerprint, identity_of_pem
 from fedneuro.privacy.ledger import Ledger
 from fedneuro.privacy.noise import SecureRandom
 from fedneuro.privacy.noised_statistics import QUESTIONS, Noised, between, event_for, pooled, questions
+from fedneuro.privacy.seals import as_text
+from fedneuro.privacy.site_seals import check_site_seal, content_digest, read_site_sealed
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.study_file import load_study
 from fedneuro.server.cli import app as server
+from fedneuro.server.data_statistics import check_study, read_told
 from tests.bids import image_path, mask_path, write_nifti, write_site
 from tests.client.hospital import Hospital, private_study
 
@@ -102,8 +109,15 @@ def test_the_noise_has_the_size_that_it_was_charged_for(claimed: float, accepted
 def test_a_release_is_charged_once_and_written_down(tmp_path: Path) -> None:
     north, study = Hospital(tmp_path), private_study()
     found = measure(north.settings.data)
+    with pytest.raises(Refused, match=r"reply.statistics: not permitted"):
+        release_noised(found, north.settings, study, 1.0)
+    north.edit("reply", statistics=True)
     with pytest.raises(Refused, match="not approved"):
         release_noised(found, north.settings, study, 1.0)
+    assert [e["rule"] for e in north.logged(message="statistics", decision="refused")] == [
+        "reply.statistics",
+        "studies",
+    ]
     north.approve(study)
     first = release_noised(found, north.settings, study, 1.0)
     assert not first.again and first.told.patients == 10 and first.told.epsilon == 1.0
@@ -112,30 +126,69 @@ def test_a_release_is_charged_once_and_written_down(tmp_path: Path) -> None:
     assert events == [event_for(study, 10, 1.0)] and events[0].noise_multiplier == first.told.noise_multiplier
     assert 0.99 < epsilon(events, first.told.delta) <= 1.0
     assert first.with_training > 2.0, "the study's own ε is 2"
-    out = [e for e in (audit_log(north.settings).latest("out"),) if e]
-    assert out[0]["answer"] == "Statistics" and out[0]["study"] == study.hash
+    (out,) = north.logged(kind="out", answer="Statistics", study=study.hash)
+    assert out["digest"] == content_digest(content_of(first.told)) and out["epsilon"] == 1.0 and out["policy"]
+    (paid,) = north.logged(kind="ledger")
+    assert paid["n"] < out["n"], "the charge stands in the log before what it paid for"
     again = release_noised(Measured(0, 0), north.settings, study, 1.0)
     assert again.again and again.told == first.told, "the same question has the same answer, for nothing"
     assert len(ledger.events(study.hash, "north", "statistics")) == 1
     (north.settings.state / "statistics" / f"{study.hash}.json").unlink()
     with pytest.raises(BudgetExhausted):
         release_noised(found, north.settings, study, 1.0)
+    assert north.logged(message="statistics", decision="refused")[-1]["reason"] == "budget-exhausted"
+    with pytest.raises(BudgetExhausted):  # what was drawn for the charge that never came is not taken for paid
+        release_noised(found, north.settings, study, 1.0)
+
+
+def test_a_process_that_dies_between_the_charge_and_the_log_loses_no_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Charged, and nothing left: the next call hands over what was drawn. What was not paid for is drawn anew."""
+    north, study = Hospital(tmp_path), private_study()
+    north.approve(study)
+    north.edit("reply", statistics=True)
+    found = measure(north.settings.data)
+    with monkeypatch.context() as patched:
+        patched.setattr(noised_release, "_charge", _dies)
+        with pytest.raises(KeyboardInterrupt):
+            release_noised(found, north.settings, study, 1.0)
+    drawn = north.settings.state / "statistics" / f"{study.hash}.drawn-1"
+    unpaid = drawn.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(noised_release, "note_told", _dies)
+        with pytest.raises(KeyboardInterrupt):
+            release_noised(found, north.settings, study, 1.0)
+    paid = drawn.read_bytes()
+    assert paid != unpaid and not north.logged(kind="out")
+    answer = release_noised(Measured(0, 0), north.settings, study, 1.0)
+    assert not answer.again and as_text(content_of(answer.told)).encode() == paid and not drawn.exists()
+    assert len(Ledger(north.settings.ledger, "north").events(study.hash, "north", "statistics")) == 1
+    assert len(north.logged(kind="out", answer="Statistics")) == 1
+
+
+def _dies(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_hospital_decides(tmp_path: Path) -> None:
     north, study = Hospital(tmp_path), private_study()
     north.approve(study)
+    north.edit("reply", statistics=True)
     found = measure(north.settings.data)
     for threshold, wanted, words in ((11, 1.0, "threshold is 11"), (5, 0.0, "above 0"), (4, 1.0, "at least 5")):
         with pytest.raises((Refused, BadInput), match=words):
             release_noised(found, north.settings, study, wanted, threshold=threshold)
-    north.edit("privacy", max_epsilon_round=10.0, max_epsilon_study=10.0)
+    north.edit("privacy", max_epsilon_round=10.0, max_epsilon_study=10.0, min_cohort=11)
+    with pytest.raises(Refused, match=r"min_cohort"):
+        release_noised(found, north.settings, study, 1.0)
+    north.edit("privacy", min_cohort=5)
     with pytest.raises(Refused, match=r"max_epsilon_round: statistics of ε 20; at most 10"):
         release_noised(found, north.settings, study, 20.0)
     north.edit("privacy", max_epsilon_dataset=0.5)
     with pytest.raises(BudgetExhausted, match="beyond the hospital's budget"):
         release_noised(found, north.settings, study, 1.0)
-    assert not (north.settings.state / "statistics").exists()
+    assert [path.name for path in (north.settings.state / "statistics").iterdir()] == ["lock"]
     north.edit("privacy", max_epsilon_dataset=10.0)
     release_noised(found, north.settings, study, 1.0)
     north.settings.ledger.unlink()
@@ -169,8 +222,10 @@ def test_hospitals_are_added_up_and_the_noise_with_them(tmp_path: Path) -> None:
     paths = [tmp_path / f"{file.site}.json" for file in files]
     for file, path in zip(files, paths, strict=True):
         path.write_text(file.model_dump_json())
-    result = CliRunner().invoke(server, ["data-stats", *map(str, paths), "--json", str(tmp_path / "all.json")])
+    words = ["data-stats", *map(str, paths), "--unsigned", "--json", str(tmp_path / "all.json")]
+    result = CliRunner().invoke(server, words)
     assert result.exit_code == 0, result.output
+    assert result.output.count("NOT SIGNED") == 2
     assert "label-lesion_mask 1 volume_ml  500 ±" in result.output and "p50 3 to 10" in result.output
     assert "north: public size 300, cost ε = 10" in result.output
     assert json.loads((tmp_path / "all.json").read_text())["noised"]["patients"] == 500
@@ -211,7 +266,22 @@ def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
     assert isinstance(result.exception, BadInput) and "--epsilon" in str(result.exception)
     result = CliRunner().invoke(app, ["stats", str(root), "--epsilon", "1"])
     assert isinstance(result.exception, BadInput) and "leave them out" in str(result.exception)
+    result = CliRunner().invoke(app, ["stats", str(root), "--epsilon", "1", "--release", str(tmp_path / "o.json")])
+    assert isinstance(result.exception, BadInput) and "leave it out" in str(result.exception)
     assert not (tmp_path / "o.json").exists()
+
+
+def node_file(north: Hospital) -> Path:
+    for name in ("ca.crt", "runner.secret"):
+        (north.folder / name).write_text("x")
+        (north.folder / name).chmod(0o600)
+    config = north.folder / "node.toml"
+    config.write_text(NODE)
+    return config
+
+
+def fingerprint_of(north: Hospital) -> str:
+    return fingerprint(identity_of_pem(north.public_key.read_bytes()))
 
 
 def test_the_whole_way_by_commands(tmp_path: Path) -> None:
@@ -222,31 +292,106 @@ def test_the_whole_way_by_commands(tmp_path: Path) -> None:
         '[study]\nname = "toy"\n[training]\nlocal_steps = 1\n[privacy]\ndelta = 1e-2\nepsilon = 2.0\n'
     )
     north.approve(load_study(study_file, []))
-    for name in ("ca.crt", "runner.secret"):
-        (tmp_path / name).write_text("x")
-        (tmp_path / name).chmod(0o600)
-    config = tmp_path / "node.toml"
-    config.write_text(NODE)
-    told = tmp_path / "north.json"
-    words = [
-        "stats",
-        str(tmp_path / "bids"),
-        "--study",
-        str(study_file),
-        "--release",
-        str(told),
-        "--config",
-        str(config),
-    ]
+    config, told = node_file(north), tmp_path / "north.json"
+    words = ["stats", str(tmp_path / "bids"), "--study", str(study_file), "--release", str(told)]
+    words += ["--config", str(config)]
+    denied = CliRunner().invoke(app, [*words, "--epsilon", "1"])
+    assert isinstance(denied.exception, Refused) and "statistics = true" in str(denied.exception)
+    north.edit("reply", statistics=True)
     other = CliRunner().invoke(app, [*words, "--epsilon", "1", "--site", "south"])
     assert isinstance(other.exception, BadInput) and "leave --site out" in str(other.exception)
     for again in (False, True):
         result = CliRunner().invoke(app, [*words, "--epsilon", "1"])
         assert result.exit_code == 0, result.output
         assert "cost: ε = 1 at δ = 0.01" in result.output and ("told before" in result.output) is again
+        assert "signed by the node of north" in result.output
     page = egress_text(verify_log(north.settings.audit, None), "north")
-    assert "noised statistics of the data  ε 1.0" in page or (
-        "noised statistics of the data" in page and "ε 0.99" in page
-    )
-    result = CliRunner().invoke(server, ["data-stats", str(told)])
-    assert result.exit_code == 0 and "north: public size 10, cost ε = 1 at δ = 0.01" in result.output
+    assert page.count("statistics of the data         noised, ε 1.000\n") == 1
+    ask = ["data-stats", str(told), "--study", str(study_file)]
+    stranger = CliRunner().invoke(server, ask)
+    assert isinstance(stranger.exception, Refused) and "no node of north is known" in str(stranger.exception)
+    result = CliRunner().invoke(server, [*ask, "--key", f"north={fingerprint_of(north)}"])
+    assert result.exit_code == 0, result.output
+    assert "north: public size 10, cost ε = 1 at δ = 0.01" in result.output
+    digest = north.logged(answer="Statistics")[0]["digest"]
+    assert f"north: signed by its node {fingerprint_of(north)[:16]}…; check sum {digest[:16]}…" in result.output
+    wrong = CliRunner().invoke(server, [*ask, "--key", f"north={'0' * 64}"])
+    assert isinstance(wrong.exception, Refused) and "is known by 0000" in str(wrong.exception)
+
+
+def test_plain_statistics_pass_the_same_gate(tmp_path: Path) -> None:
+    """Of a study without privacy, or of none: nothing is paid, all else is the same."""
+    north = Hospital(tmp_path)
+    config, told = node_file(north), tmp_path / "north.json"
+    words = ["stats", str(tmp_path / "bids"), "--release", str(told), "--config", str(config)]
+    denied = CliRunner().invoke(app, words)
+    assert isinstance(denied.exception, Refused) and "reply.statistics" in str(denied.exception) and not told.exists()
+    north.edit("reply", statistics=True)
+    assert CliRunner().invoke(app, words).exit_code == 0
+    key = fingerprint_of(north)
+    assert read_told(told, {"north": key}).content.patients == 5, "six, rounded"
+    page = egress_text(verify_log(north.settings.audit, None), "north")
+    assert "statistics of the data         without noise" in page and "but the declared one and the rounded" in page
+    north.edit("privacy", min_cohort=50)
+    few = CliRunner().invoke(app, words)
+    assert isinstance(few.exception, Refused) and "the threshold is 50" in str(few.exception)
+
+
+@pytest.fixture(scope="module")
+def signed_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """A file of north, and its node's fingerprint."""
+    north = Hospital(tmp_path_factory.mktemp("north"))
+    told = release(measure(north.settings.data), "north", None)
+    return sealed(told, north.settings).encode(), fingerprint_of(north)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw.replace(b'"patients": 5', b'"patients": 10', 1), "not what the node of north signed"),
+        (lambda raw: raw.replace(b'"site": "north"', b'"site": "south"'), "not what the node of south signed"),
+        (lambda raw: raw.replace(b'"study": ""', b'"study": "' + b"a" * 64 + b'"'), "not what the node"),
+        (lambda raw: raw + b"\n", "not in the form"),
+        (lambda raw: raw.replace(b'"key": "0', b'"key": "1'), "not in the form"),
+        (lambda raw: json.dumps(json.loads(raw)["content"]).encode(), "is not signed"),
+        (lambda raw: raw[: len(raw) // 2], "is no JSON"),
+        (lambda _: b"[" * 100_000, "is no JSON"),
+    ],
+)
+def test_one_change_and_the_file_is_none(
+    tmp_path: Path, signed_file: tuple[bytes, str], change: Callable[[bytes], bytes], says: str
+) -> None:
+    raw, key = signed_file
+    path = tmp_path / "north.json"
+    known = {"north": key, "south": key}
+    path.write_bytes(raw)
+    assert read_told(path, known).key == key
+    path.write_bytes(change(raw))
+    assert path.read_bytes() != raw
+    with pytest.raises((Refused, BadInput), match=says):
+        read_told(path, known)
+
+
+def test_a_seal_for_another_purpose_is_none(tmp_path: Path, signed_file: tuple[bytes, str]) -> None:
+    (tmp_path / "north.json").write_bytes(signed_file[0])
+    found = read_site_sealed(tmp_path / "north.json")
+    assert found.seal is not None
+    check_site_seal(found.seal, found.content, "statistics", site="north", study_hash="", expected=signed_file[1])
+    with pytest.raises(Refused, match="does not hold"):
+        check_site_seal(found.seal, found.content, "manifest", site="north", study_hash="", expected=signed_file[1])
+
+
+def test_a_file_must_answer_the_study(tmp_path: Path, signed_file: tuple[bytes, str]) -> None:
+    (tmp_path / "north.json").write_bytes(signed_file[0])
+    plain = read_told(tmp_path / "north.json", {"north": signed_file[1]})
+    with pytest.raises(Refused, match="is for no study"):
+        check_study(plain, private_study())
+    study = private_study()
+    (tmp_path / "noised.json").write_text(noised("north", 50).model_dump_json())
+    told = read_told(tmp_path / "noised.json", {}, unsigned=True)
+    check_study(told, study)
+    with pytest.raises(Refused, match="is for study"):
+        check_study(told, private_study(study={"name": "other"}))
+    fewer = told.content.model_copy(update={"histograms": told.content.histograms[1:]})  # type: ignore[union-attr]
+    with pytest.raises(Refused, match="other questions"):
+        check_study(replace(told, content=fewer), study)

@@ -16,7 +16,14 @@ from fedneuro.client.data.bias import correct_bias
 from fedneuro.client.data.elastic import RandElasticBSplined
 from fedneuro.client.data.foreground import box_around, brain_of, head_of
 from fedneuro.client.data.intensity import landmarks_of, normalised, standard_scale
-from fedneuro.client.data.resample import resample_image, resample_mask
+from fedneuro.client.data.resample import (
+    _moved,
+    _moved_by_monai,
+    _places,
+    forget_places,
+    resample_image,
+    resample_mask,
+)
 from fedneuro.privacy.errors import DataError
 from fedneuro.privacy.study_data import AugmentationSection, PreprocessingSection
 from tests.bids import image_path, make_study, mask_path, write_nifti, write_site
@@ -140,6 +147,23 @@ def test_cubic_images_and_smooth_masks() -> None:
         assert set(np.unique(fine_mask)) == {0, 1, 2} and fine_mask.dtype == np.uint8
         inner = (fine_mask == 2).sum() / 64 / (mask == 2).sum()
         assert abs(inner - 1) < worst
+
+
+def test_shared_places_change_no_bit() -> None:
+    """Grids of any size against MONAI's own transform, one after the other, so that what is kept is used again."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        shape = tuple(int(n) for n in rng.integers(1, 14, 3))
+        was = tuple(float(v) for v in rng.choice([0.5, 0.9375, 1.0, 1.5, 6.0], 3))
+        spacing = tuple(float(v) for v in rng.choice([0.8, 1.0, 1.0005, 1.2, 2.0], 3))
+        for channels, how in ((2, "linear"), (1, "nearest"), (1, "linear")):
+            image = rng.normal(size=(channels, *shape)).astype(np.float32)
+            found, expected = _moved(image, was, spacing, how), _moved_by_monai(image, was, spacing, how)
+            assert found.shape == expected.shape and found.dtype == np.float32
+            assert np.array_equal(found, expected), (number, shape, was, spacing, how)
+    assert _places.cache_info().hits > 20
+    forget_places()
+    assert _places.cache_info().currsize == 0
 
 
 def one_scan(root: Path, image: Any, mask: Any, *, modalities: tuple[str, ...] = ("FLAIR",), **data: Any) -> Scan:

@@ -121,5 +121,10 @@ def test_outcomes_into_participants(tmp_path: Path) -> None:
     table.write_text("Partition_ID,Subject_ID\n4,P001\n5,P001\n")
     with pytest.raises(DataError, match="second row"):
         import_table(table, out, None, patient="Subject_ID", columns=["Partition_ID"])
+    before = (out / "participants.tsv").read_bytes()
+    table.write_text("Subject_ID,Partition_ID\n4711,1\n4712,2\n")
+    with pytest.raises(DataError, match=r"none of 2 rows fits .* such as P001; .* give the node's --state"):
+        import_table(table, out, None, patient="Subject_ID", columns=["Partition_ID"])
+    assert (out / "participants.tsv").read_bytes() == before
     with pytest.raises(DataError, match="no column Stage"):
         import_table(table, out, None, patient="Subject_ID", columns=["Stage"])

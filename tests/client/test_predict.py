@@ -20,7 +20,7 @@ from fedneuro.client.cli import app
 from fedneuro.client.data import open_site
 from fedneuro.client.data.nifti import read_volume
 from fedneuro.client.data.preprocess import Prepared
-from fedneuro.client.inference import class_probabilities, label_map
+from fedneuro.client.inference import class_probabilities, label_map, predicted_outcome
 from fedneuro.client.original_grid import on_scan_grid, save_labels
 from fedneuro.client.predict import predict
 from fedneuro.models.metrics import dice
@@ -166,6 +166,45 @@ def test_classification(tmp_path: Path) -> None:
         assert list(row.values.values()) == pytest.approx(expected.tolist())
     header = (tmp_path / "out/predictions.tsv").read_text().splitlines()[0]
     assert header.split("\t") == ["scan", "file", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "words"),
+    [
+        ({"kind": "regression", "target": "score", "centre": 5.0, "scale": 2.0}, "huber", "mean error"),
+        ({"kind": "survival", "target": "score", "event": "died", "time_cuts": [3.0, 9.0], "unit": "months"}, "hazard",
+         "C-index"),
+    ],
+    ids=["regression", "survival"],
+)  # fmt: skip
+def test_an_outcome_is_predicted_and_compared_with_the_hospitals_own_table(
+    tmp_path: Path, task: dict[str, Any], loss: str, words: str
+) -> None:
+    study = make_study(
+        task=task,
+        data={"patch": [40, 40]},
+        model={"name": "resnet", "channels": [4, 4, 4, 4], "norm": "group"},
+        training={"loss": loss},
+        evaluation={"heldout": ["west"]},
+    )
+    run = finished_run(tmp_path / "run", study)
+    data = write_site(tmp_path / "bids", patients=3, shape=(33, 45, 3), mask=None)
+    table = data / "participants.tsv"
+    table.write_text("participant_id\tscore\tdied\nsub-P001\t4\t1\nsub-P002\t8\t1\nsub-P003\tn/a\t0\n")
+    command = ["predict", str(run), "--data", str(data), "--out", str(tmp_path / "out"), "--compare"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert words in done.stdout and "2 patients whose score is in participants.tsv" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "out/predictions.tsv").open(), delimiter="\t"))
+    ours = judge(run)
+    table.write_text(table.read_text().replace("n/a", "1"))
+    site = open_site(data, study)
+    for row, patient in zip(rows, site.patients, strict=True):
+        with torch.inference_mode():
+            assert float(row["score"]) == pytest.approx(predicted_outcome(ours, site.scans(patient)[0].image), rel=1e-4)
+    table.unlink()
+    command[5] = str(tmp_path / "again")
+    assert "nothing of your own to compare with" in CliRunner().invoke(app, command).stdout
 
 
 def test_scans_without_the_models_sequences_are_refused_before_anything_is_written(tmp_path: Path, run: Path) -> None:

@@ -31,6 +31,7 @@ def test_fingerprint_notices_and_names_every_change(tmp_path: Path) -> None:
     assert changes.removed == ("participants.tsv",) and changes.added == ("sub-P002/anat/note.txt",)
     assert [line.split(":")[0] for line in changes.lines()] == ["1 added", "1 removed", "1 changed"]
     again = register(tmp_path / "state", "glioma", root, update=True)
+    assert (again.licence, again.consent, again.roles) == ("CC BY 4.0", "broad consent", (Role.TRAIN,))
     assert again.fingerprint != entry.fingerprint and not changes_of(again)
     path.write_bytes(kept)
     assert changes_of(again)
@@ -40,6 +41,9 @@ def test_several_data_sets_and_wrong_entries(tmp_path: Path) -> None:
     state, root = tmp_path / "state", write_site(tmp_path / "bids")
     register(state, "one", root, roles=(Role.HELDOUT,), size=8)
     register(state, "two", root)
+    assert register(state, "one", root, update=True).public_size == 8, "declared by hand, so it stays"
+    assert find_registered(state, "one").roles == (Role.HELDOUT,)
+    assert register(state, "one", root, update=True, size=6).public_size == 6
     assert [entry.name for entry in list_registered(state)] == ["one", "two"]
     assert list_registered(state)[0].roles == (Role.HELDOUT,)
     assert (state / "datasets" / "one.json").stat().st_mode & 0o777 == 0o600
@@ -56,6 +60,7 @@ def test_several_data_sets_and_wrong_entries(tmp_path: Path) -> None:
     (state / "datasets" / "two.json").write_text("{")
     with pytest.raises(StateError, match="cannot be read"):
         list_registered(state)
+    assert register(state, "two", root, update=True).patients == 4, "as the error says"
 
 
 def call(*words: str | Path) -> tuple[int, str]:

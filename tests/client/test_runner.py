@@ -16,10 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.dependencies import utils as dependencies
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supernode import main as supernode_app
 from flwr.supernode import start_client_internal
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedneuro.client import supernode
 from fedneuro.client.lost_tasks import RunnerWatch
@@ -29,6 +32,7 @@ from fedneuro.client.site import Site
 from fedneuro.privacy.contract import HelloReply, Refusal, Reply, Request, Role
 from fedneuro.privacy.errors import BadInput, Reason
 from fedneuro.privacy.flower_tasks import Doorbell, RunnerLine, quicken_transfers
+from fedneuro.privacy.light_layers import lighten_layers, take_values_at_once
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_reply, encode_request
 from fedneuro.privacy.wire_bytes import squeeze, unsqueeze
@@ -119,6 +123,27 @@ def test_a_request_is_answered(node: SuperNode, settings: NodeSettings) -> None:
     reply, ward = answered(node, settings, hello)
     assert decode_reply(reply.content) == HelloReply(site="A", role=Role.TRAIN, public_size=5)
     assert len(ward.asked) == 1
+
+
+def test_a_request_is_answered_through_fewer_layers(settings: NodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the launcher makes them; the layers are Flower 1.41's, and what they refuse they refuse."""
+    assert [getattr(layer.cls, "__name__", "") for layer in supernode_app.create_app().user_middleware] == [
+        "BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "RuntimeTracingMiddleware",
+    ]  # fmt: skip
+    monkeypatch.setattr(BaseHTTPMiddleware, "__call__", BaseHTTPMiddleware.__call__)
+    monkeypatch.setattr(dependencies, "run_in_threadpool", vars(dependencies)["run_in_threadpool"])
+    lighten_layers({})
+    take_values_at_once()
+    node = SuperNode(settings.runner.port, Path(settings.runner.secret).read_bytes())
+    node.receive(encode_request(HELLO), "query.hello")
+    reply, ward = answered(node, settings, hello)
+    assert decode_reply(reply.content) == HelloReply(site="A", role=Role.TRAIN, public_size=5)
+    assert len(ward.asked) == 1
+    address = f"http://127.0.0.1:{settings.runner.port}/v1/runtime/"
+    kind = {"content-type": "application/protobuf"}
+    assert httpx.post(address + "acquire-task", content=b"", headers=kind).status_code == 401
+    assert httpx.post(address + "pull-task-input", content=b"", headers=kind).status_code == 401
+    node.stop()
 
 
 @pytest.mark.parametrize("module", ["evil.py", "fedneuro/client/app.py", "sitecustomize.py"])

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A consortium for tests: real keys, certificates and state, and passphrases that cost less to check."""
 
+import os
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,6 +52,28 @@ def make_consortium(passphrase: Passphrase, root_passphrase: Passphrase) -> Call
         return made
 
     return make
+
+
+@contextmanager
+def coordinator_up(
+    consortium: Consortium, *words: str, command: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """``fedneuro-server start``, until it is told to stop; what it logs is in ``start.log`` beside the folder.
+
+    ``command`` and ``env`` are what starts it instead, such as a service file.
+    """
+    log = consortium.folder.with_suffix(".start.log")
+    usual = [str(Path(sys.executable).parent / "fedneuro-server"), "start", "--config", str(consortium.folder)]
+    started = [*(command or usual), *words]
+    values = {**os.environ, **({"FEDNEURO_PASSPHRASE": PASSPHRASE} if env is None else env)}
+    with log.open("a") as errors:
+        process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=errors, text=True, env=values)
+    try:
+        assert process.stdout is not None and "is up" in process.stdout.readline(), log.read_text()
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def free_ports(count: int) -> list[int]:

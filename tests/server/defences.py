@@ -5,22 +5,17 @@
     python -m tests.server.defences NAME …     some
     python -m tests.server.defences --table    the rows of docs/threats.md
 
-``test_defences.py`` keeps list, source and document together; ``tests/client/defences.py`` are the node's.
+How that is done: ``tests/switched_off.py``; the node's are ``tests/client/defences.py``. ``test_defences.py`` keeps
+list, source and document together.
 """
 
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from tests.client.defences import _FINDER, _ROOMS, ROOT
+from tests.switched_off import anew, main, table
 
-__all__ = ["DEFENCES", "ROOT", "Defence", "rows"]
+__all__ = ["DEFENCES", "Defence", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +37,11 @@ class Defence:
     seen: str
     tests: tuple[str, ...]
     change: tuple[str, str, str]
+
+    @property
+    def changes(self) -> tuple[tuple[str, str, str], ...]:
+        """The change, as one of several."""
+        return (self.change,)
 
 
 START, STORE, WEB = "test_coordinator_start.py::test_", "test_consortium.py::test_", "test_dashboard.py::test_"
@@ -68,8 +68,8 @@ DEFENCES: dict[str, Defence] = {
     ),
     "node-authentication": Defence(
         "● another hospital's node, with one's own signature",
-        "Flower's node authentication is on (`server/supervisor.py`)", "401", _ACCESS, (SIEGE,),
-        ("server/supervisor.py", ', "--enable-supernode-auth"]', "]"),
+        "Flower's node authentication is on (`server/superlink.py`)", "401", _ACCESS, (SIEGE,),
+        ("server/superlink.py", '"--enable-supernode-auth", ', ""),
     ),
     "paths": Defence(
         "● Control and Runtime from outside; paths around the guard",
@@ -78,9 +78,9 @@ DEFENCES: dict[str, Defence] = {
     ),
     "runner-secret": Defence(
         "● Runtime, from this machine, without the runner's secret",
-        "tasks are given out for the secret only (`server/supervisor.py`)", "401", "logs/superlink.log",
+        "tasks are given out for the secret only (`server/superlink.py`)", "401", "logs/superlink.log",
         (START + "the_superlink_itself_gives_no_task_away",),
-        ("server/supervisor.py", ', "--superexec-auth-secret-file", str(self._secret)]', "]"),
+        ("server/superlink.py", ', "--superexec-auth-secret-file", str(secret)]', "]"),
     ),
     "request-size": Defence(
         "● an oversized request", "`guard.max_request_mib` (`server/guard.py`)", "413", _ACCESS, (_PATHS,),
@@ -106,6 +106,12 @@ DEFENCES: dict[str, Defence] = {
         (START + "from_invitation_to_a_node_at_work_and_out_again",),
         ("server/supervisor.py", "                        self.control.unregister(site.node_id)\n",
          "                        pass\n"),
+    ),
+    "taken-back": Defence(
+        "a certificate of an issuing key that the root took back",
+        "its pair goes with the key; the root's list has the key (`server/registry.py`)", "400, 403",
+        f"{_ACCESS}, event `taken-back`", (STORE + "rotation_keeps_what_was_signed_unless_it_is_taken_back",),
+        ("server/registry.py", "certificates.c.issuer.in_(issuers) & certificates.c.revoked.is_(None)", "sa.false()"),
     ),
     # -- enrolment
     "token-used": Defence(
@@ -188,49 +194,13 @@ DEFENCES: dict[str, Defence] = {
 
 def rows() -> Iterator[str]:
     """The table of docs/threats.md."""
-    yield "| somebody tries | what stops it | answer | seen in | test (`tests/server/`) |"
-    yield "|---|---|---|---|---|"
-    for found in DEFENCES.values():
-        tests = ", ".join(f"`{name.replace('.py::test_', ': ').removeprefix('test_')}`" for name in found.tests)
-        yield f"| {found.attack} | {found.stops} | {found.answer} | {found.seen} | {tests} |"
-
-
-def _fails_without(name: str, copy: Path) -> str:
-    """Switch one defence off in ``copy``, run its tests, put it back; what failed."""
-    found = DEFENCES[name]
-    file, old, new = found.change
-    text = (copy / file).read_text(encoding="utf-8")
-    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    done = subprocess.run(
-        [*command, *(f"tests/server/{test}" for test in found.tests)],
-        cwd=copy, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(copy / "finder"), "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-    (copy / file).write_text(text, encoding="utf-8")
-    failed = re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
-    return ", ".join(failed) if done.returncode == 1 else "" if done.returncode == 0 else done.stdout + done.stderr
-
-
-def main(names: Sequence[str]) -> int:
-    """Try the defences of these names, or all; 0 where each of them is needed."""
-    useless = 0
-    with tempfile.TemporaryDirectory(prefix="fn-defences-") as folder:
-        copy = Path(folder)
-        for room in (*_ROOMS, "tests"):
-            shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
-        (copy / "finder").mkdir()
-        (copy / "finder" / "sitecustomize.py").write_text(_FINDER.format(root=str(copy), rooms=_ROOMS))
-        for name in names or DEFENCES:
-            failed = _fails_without(name, copy)
-            print(f"{name}: {failed or 'NOTHING FAILS'}", flush=True)
-            useless += not failed
-    return bool(useless)
+    cells = {name: (found.attack, found.stops, found.answer, found.seen) for name, found in DEFENCES.items()}
+    head = ("somebody tries", "what stops it", "answer", "seen in", "test (`tests/server/`)")
+    return table(head, cells, DEFENCES)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         print("\n".join(rows()))
     else:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:], DEFENCES, "server", anew))

@@ -100,7 +100,8 @@ class Staged:
         for position, name in enumerate(name for name in self.sites if name not in {*refusals, *self._away}):
             score = 0.8 - 0.6 / (number + 1) - 0.01 * position
             record.metrics[name] = {"dice": {"mean": score, "ci95": [score - 0.06, score + 0.06], "n": 12}}
-            judged.append(Event(kind="evaluated", round=number, site=name, values={"metrics": {"dice": score}}))
+            values = {"metrics": {"dice": score}, "intervals": {"dice": [score - 0.06, score + 0.06]}}
+            judged.append(Event(kind="evaluated", round=number, site=name, values=values))
         with closing(RunStore.load(self.folder.path)) as store:
             store.save_round(record, {"model": {"w": np.zeros(1, np.float32)}})
             store.save_evaluation(record)

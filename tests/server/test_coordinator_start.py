@@ -9,7 +9,6 @@ import base64
 import inspect
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -45,7 +44,8 @@ from fedneuro.server.invitations import invite
 from fedneuro.server.limits import Doorkeeper
 from fedneuro.server.roster import identities
 from fedneuro.server.sealed_keys import Passphrase
-from tests.server.conftest import PASSPHRASE, free_ports
+from tests.needs import need_nginx
+from tests.server.conftest import PASSPHRASE, coordinator_up, free_ports
 from tests.server.doors import (
     Method,
     activate,
@@ -91,28 +91,14 @@ class Coordinator:
 def coordinator(
     tmp_path_factory: pytest.TempPathFactory, make_consortium: Callable[[Path], Consortium]
 ) -> Iterator[Coordinator]:
-    if shutil.which("nginx") is None:
-        text = "nginx is not installed (apt-get install nginx-light): the guard cannot be tried"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text)
-        pytest.skip(text)
+    need_nginx()
     consortium = make_consortium(tmp_path_factory.mktemp("coordinator") / "c")
-    command = [str(Path(sys.executable).parent / "fedneuro-server"), "start", "--config", str(consortium.folder)]
-    env = {**os.environ, "FEDNEURO_PASSPHRASE": PASSPHRASE}
-    with (consortium.folder / "start.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert "consortium test is up" in line, (consortium.folder / "start.log").read_text()
+    with coordinator_up(consortium) as process:
         slow = half_a_request(consortium)
         control = Control(f"127.0.0.1:{consortium.settings.ports.superlink}", consortium.folder / "ca" / "root.crt")
         yield Coordinator(consortium, process, control, slow, time.monotonic())
         control.close()
         slow.close()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from fedneuro.privacy.contract import EvaluateReply, HelloReply, Refusal, Reply,
 from fedneuro.privacy.errors import EnvironmentProblem, Reason
 from fedneuro.privacy.study import Study
 from fedneuro.privacy.wire import decode_request, encode_reply
-from fedneuro.privacy.wire_bytes import unsqueeze
-from fedneuro.server.flower_transport import FlowerTransport, registered_nodes
+from fedneuro.privacy.wire_bytes import MAX_SQUEEZED, unsqueeze
+from fedneuro.server.flower_transport import SMALL_AT_ONCE, FlowerTransport, registered_nodes
 
 STUDY = Study.parse({"study": {"name": "toy"}, "training": {"local_steps": 1}})
 ARRAYS = {"w": np.arange(4, dtype=np.float32)}
@@ -78,7 +78,7 @@ def exchange(answers: dict[str, Answer], timeout: float = 0.3, kind: Any = "trai
     grid = Nodes(answers)
     request = Request(kind=kind, study=STUDY, round=int(kind != "hello"), arrays=None if kind == "hello" else ARRAYS)
     replies = list(FlowerTransport(grid).exchange(dict.fromkeys([*answers], request), timeout))  # type: ignore[arg-type]
-    assert all(len(ids) == 1 for ids in grid.asked)  # replies are fetched one at a time
+    assert all(len(ids) <= SMALL_AT_ONCE for ids in grid.asked)
     assert sorted(r.site for r in replies) == sorted(answers)
     return {reply.site: reply for reply in replies}
 
@@ -92,6 +92,18 @@ def test_an_exchange_is_cut_short() -> None:
     assert isinstance(replies["A"], TrainReply)
     assert isinstance(replies["B"], Refusal) and replies["B"].reason is Reason.TIMEOUT
     assert time.monotonic() - started < 5
+
+
+def test_replies_of_large_models_are_fetched_one_at_a_time_and_small_ones_together() -> None:
+    names = [f"S{number}" for number in range(SMALL_AT_ONCE + 2)]
+    for size, most in ((4, SMALL_AT_ONCE), (MAX_SQUEEZED // 4 + 1, 1)):
+        grid = Nodes({name: trained(name) for name in names})
+        request = Request(kind="train", study=STUDY, round=1, arrays={"w": np.zeros(size, np.float32)})
+        transport = FlowerTransport(grid)  # type: ignore[arg-type]
+        replies = list(transport.exchange(dict.fromkeys(names, request), 30.0))
+        assert sorted(reply.site for reply in replies) == sorted(names)
+        assert not any(isinstance(reply, Refusal) for reply in replies)
+        assert max(map(len, grid.asked)) == most
 
 
 def test_each_kind_of_reply_arrives() -> None:

@@ -7,7 +7,6 @@ that trusts the coordinator's key. What goes wrong besides is in ``test_app.py``
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +43,8 @@ from fedneuro.simulations.benchmarks.rounds import write_tiny_site
 from fedneuro.simulations.engines.inprocess import InProcessTransport
 from fedneuro.simulations.sites import find_sites, site_settings
 from tests.bids import make_study
-from tests.server.conftest import PASSPHRASE, free_ports
+from tests.needs import need_nginx
+from tests.server.conftest import PASSPHRASE, coordinator_up, free_ports
 from tests.server.doors import post
 from tests.server.siege import Siege, attack
 
@@ -101,33 +101,25 @@ class Deployment:
 def deployment(
     tmp_path_factory: pytest.TempPathFactory, make_consortium: Callable[[Path], Consortium]
 ) -> Iterator[Deployment]:
-    if shutil.which("nginx") is None:
-        text = "nginx is not installed (apt-get install nginx-light): the guard cannot be tried"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text)
-        pytest.skip(text)
+    need_nginx()
     base = tmp_path_factory.mktemp("deployment")
     consortium = make_consortium(base / "c")
-    command = [str(BIN / "fedneuro-server"), "start", "--config", str(consortium.folder), "--no-dashboard"]
-    with (base / "start.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENV)
+    for seed, name in enumerate(SITES):
+        write_tiny_site(base / "sites" / name, seed=seed)
     nodes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for seed, name in enumerate(SITES):
-            write_tiny_site(base / "sites" / name, seed=seed)
-        assert server.stdout is not None and "is up" in server.stdout.readline(), (base / "start.log").read_text()
-        for name, port in zip(SITES, free_ports(2), strict=True):
-            nodes[name] = start_node(consortium, base, name, port)
-        control = Control(f"127.0.0.1:{consortium.settings.ports.superlink}", consortium.folder / "ca" / "root.crt")
-        with closing(control):
-            wait_for("both hospitals online", lambda: control.online() >= set(SITES))
-        yield Deployment(consortium, server, nodes, base)
-    finally:
-        processes: list[subprocess.Popen[Any]] = [*nodes.values(), server]
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait(30)
+    with coordinator_up(consortium, "--no-dashboard") as server:
+        try:
+            for name, port in zip(SITES, free_ports(2), strict=True):
+                nodes[name] = start_node(consortium, base, name, port)
+            control = Control(f"127.0.0.1:{consortium.settings.ports.superlink}", consortium.folder / "ca" / "root.crt")
+            with closing(control):
+                wait_for("both hospitals online", lambda: control.online() >= set(SITES))
+            yield Deployment(consortium, server, nodes, base)
+        finally:
+            for node in nodes.values():
+                node.send_signal(signal.SIGTERM)
+            for node in nodes.values():
+                node.wait(30)
 
 
 def start_node(consortium: Consortium, base: Path, name: str, port: int) -> "subprocess.Popen[bytes]":
@@ -214,7 +206,7 @@ def test_a_study_goes_on_while_everybody_attacks(
     assert all(f'CN=mole" SUCCESS {code} POST' in seen for code in (401, 403, 413))
     kinds = {kind for _, _, kind, _, _ in consortium.registry.events()}
     assert {"locked-out", "revoked"} <= kinds
-    assert "refused 127.0.0.1: the invitation is unknown" in (deployment.base / "start.log").read_text()
+    assert "refused 127.0.0.1: the invitation is unknown" in (deployment.base / "c.start.log").read_text()
 
 
 def test_what_hospitals_refuse_is_one_line_and_nothing_starts(deployment: Deployment) -> None:

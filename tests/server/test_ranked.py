@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedneuro.models.metrics import auroc, c_index
+from fedneuro.models.metrics.outcome import pairs_apart
 from fedneuro.server.report_evidence import evidence_view
 from fedneuro.server.report_files import table_csv
 from fedneuro.server.statistics.evidence import ALL, INSIDE, OURS, Judged, build_evidence
@@ -135,10 +137,40 @@ def test_the_jackknife_of_concordance_agrees_with_resampled_patients() -> None:
     assert (found.high - found.mean) / 1.959964 == pytest.approx(np.std(draws), rel=0.12)
 
 
+def test_a_perfect_value_has_the_interval_that_its_pairs_apart_leave() -> None:
+    """Six against seven, all in order: 0.025^(1/6) = 0.541. Twice that, equal weights: 0.025^(1/12) = 0.735."""
+    found = auroc_ranking({f"p{k:02d}": (int(k < 6), (1.0 - (k < 6), float(k < 6))) for k in range(13)})
+    assert found and found.apart == 6
+    assert ranked_interval([[found]]).low == pytest.approx(0.541, abs=1e-3) and ranked_interval([[found]]).high == 1.0
+    assert ranked_interval([[found], [found]]).low == pytest.approx(0.735, abs=1e-3)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        time, event = random.exponential(1, 6), random.random(6) < 0.6
+        assert pairs_apart(time, event) == _most_pairs(time, event)
+    everyone = {f"p{k}": (float(k), float(k), k < 4) for k in range(8)}
+    perfect = concordance_ranking(everyone)
+    assert perfect and perfect.value == 1.0 and perfect.apart == 4
+
+
+def _most_pairs(time: NDArray[np.float64], event: NDArray[np.bool_]) -> int:
+    """By SciPy's matching: earlier is an event, later is anybody who outlived it; nobody twice."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    best = 0
+    places = np.arange(len(time))
+    for mask in range(2 ** len(time)):  # who is the earlier one of a pair
+        first = (mask >> places & 1).astype(bool)
+        table = (time[None, :] > time[:, None]) & (event & first)[:, None] & ~first[None, :]
+        if table.any():
+            best = max(best, int((maximum_bipartite_matching(csr_matrix(table)) >= 0).sum()))
+    return best
+
+
 def test_where_nothing_can_be_tested_it_is_said() -> None:
     one = {"a": (1, (0.2, 0.8)), "b": (0, (0.6, 0.4)), "c": (0, (0.5, 0.5))}
     ranking = auroc_ranking(one)
-    assert ranking and ranking.value == 1.0 and ranked_interval([[ranking]]).low is None
+    assert ranking and ranking.value == 1.0 and ranked_interval([[ranking]]).low == pytest.approx(0.025)
     found = compare_ranked([[ranking]], [[ranking]], margin=0.02)
     assert found.p is None and "one patient of a class" in found.note
     assert auroc_ranking({"a": (1, (0.2, 0.8))}) is None, "one class"

@@ -215,7 +215,9 @@ def test_the_card_puts_held_out_hospitals_first_and_epsilon_beside_the_score(pac
     results = card[card.index("## Results") : card.index("## Privacy")]
     assert results.index("west (held out)") < results.index("north (training)")
     (north,) = (line for line in results.splitlines() if line.startswith("| north"))
-    assert "0.200 [0.000, 0.300], n = 10" in north and "ε = 3.00 per patient" in north
+    assert "0.200 [0.000, 0.300], n = 10" in north and "ε = 3.00, δ = 0.01 per patient" in north
+    (west,) = (line for line in results.splitlines() if line.startswith("| west"))
+    assert "ε ≤ 3.00, δ = 0.01 per patient" in west, "it owes to the hospitals that trained"
     assert "Not a medical device" in card and "unit: the patient" in card and "south: " not in card.split("##")[0]
     assert "<script>" not in card and card.count(TO_WRITE) >= 8
     assert json.loads((packs / "pack-slices/release.json").read_text())["content"]["checks"]["card"].startswith(

@@ -3,11 +3,7 @@
 
 import copy
 import json
-import os
 import re
-import resource
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from fedneuro.server.report_checklists import CLAIM, TRIPOD, checklists
 from fedneuro.server.report_design import write_design_report
 from fedneuro.server.report_files import markdown_report, sites_csv, table_csv
 from fedneuro.server.statistics.evidence import OURS, Judged, build_evidence
-from tests.server.chromium import Chromium
+from tests.server.browser import DESK, PHONE, Browser
 
 ROOT = Path(__file__).parents[2]
 LOAD_SECONDS = 2.0
@@ -117,50 +113,23 @@ def _design(evidence: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chromium() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail("chromium is missing; CI must install it (apt-get install chromium)")
-        pytest.skip("chromium is not installed (apt-get install chromium)")
-    return found
-
-
-def _browse(page: Path, tmp_path: Path, *more: str) -> tuple[str, float]:
-    """Standard error of a browser that opens the page, and the processor's seconds that it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [
-            _chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-            "--disable-dev-shm-usage", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1280,900", *more, page.as_uri(),
-        ],
-        check=True, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def _hosts(log: Path) -> set[str]:
-    return set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))
-
-
 def test_twenty_hospitals_and_two_hundred_rounds_load_at_once_and_ask_nobody(
     large: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The processor's seconds beyond an empty page, as other programs may run beside this test."""
+    """The processor's seconds, as other programs may run beside this test."""
     page, leaking = tmp_path / "report.html", tmp_path / "leaking.html"
     write_report(large, page)
     leaking.write_text('<!DOCTYPE html><title>asks</title><img src="http://leak.invalid/x.png" alt="">')
-    log = tmp_path / "net.json"
-    _, base = _browse(leaking, tmp_path, f"--log-net-log={log}")
-    own = _hosts(log)  # what the browser asks for on its own account
-    assert "leak.invalid" in own, "a request would be seen"
-    said, used = _browse(page, tmp_path, f"--log-net-log={log}")
-    assert used - base <= LOAD_SECONDS, f"{used - base:.2f} s"
-    assert "CONSOLE" not in said
-    assert _hosts(log) <= own - {"leak.invalid"}, "a request leaves the page"
+    with Browser() as browser:
+        browser.open(leaking.as_uri())
+        assert any("leak.invalid" in fault for fault in browser.faults), "a request would be seen"
+        browser.faults.clear()
+        before = browser.cpu_seconds()
+        browser.open(page.as_uri())
+        browser.shoot(tmp_path / "shot.png", whole=False)
+        used = browser.cpu_seconds() - before
+        assert used <= LOAD_SECONDS, f"{used:.2f} s"
+        assert browser.faults == []
     assert (tmp_path / "shot.png").stat().st_size > 20_000
 
 
@@ -172,11 +141,11 @@ def test_the_first_screen_of_a_design_answers_the_question(tmp_path: Path) -> No
     first = text[: text.index("Cohort", text.index("At hospitals that never trained"))]
     for words in ("CS", "DU", "HT", "p (Holm)", "effect", "pooled training", "Federated training reaches"):
         assert words in first, words
-    with Chromium(tmp_path / "profile") as browser:
-        for width, height, mobile in ((390, 844, True), (1280, 800, False)):
-            browser.screen(width, height, mobile=mobile)
+    with Browser() as browser:
+        for size in (PHONE, DESK):
+            browser.screen(size)
             browser.open(page.as_uri())
-            assert browser.value("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+            assert not browser.is_too_wide(size[0]), "nothing is wider than the screen"
         bottoms = browser.value("[...document.querySelectorAll('.card')].map(c => c.getBoundingClientRect().bottom)")
         assert len(bottoms) == 3 and max(bottoms) <= 800, bottoms
         browser.shoot(tmp_path / "shot.png")
@@ -190,12 +159,25 @@ def test_the_first_screen_of_a_design_answers_the_question(tmp_path: Path) -> No
 def test_a_dark_screen_is_dark_and_paper_is_white(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_design_report(_design(_evidence(["CS", "HT"])), page)
-    _browse(page, tmp_path, "--blink-settings=preferredColorScheme=0", "--force-dark-mode")
+    with Browser() as browser:
+        browser.screen(DESK, dark=True)
+        browser.open(page.as_uri())
+        browser.shoot(tmp_path / "shot.png", whole=False)
     pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("L")).astype(int)
     assert (pixels < 60).mean() > 0.5
     assert "@media print" in page.read_text() and "color-scheme: light dark" in page.read_text().replace(
         'content="', "color-scheme: "
     )
+
+
+@pytest.mark.walk
+def test_everybody_can_read_the_reports(large: dict[str, Any], tmp_path: Path) -> None:
+    write_report(large, tmp_path / "run.html")
+    write_design_report(_design(_evidence(["CS", "DU", "HT"])), tmp_path / "design.html")
+    with Browser() as browser:
+        for name in ("run", "design"):
+            browser.open((tmp_path / f"{name}.html").as_uri())
+            browser.inspect(f"the report of a {name}")
 
 
 def test_the_page_can_be_read_with_keys_alone(large: dict[str, Any], tmp_path: Path) -> None:

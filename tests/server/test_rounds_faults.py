@@ -367,3 +367,18 @@ def test_a_run_is_executed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(StateError, match="another process executes this run"), RunFolder(tmp_path).hold():
             pass
     assert not folder.is_held
+
+
+def test_a_final_evaluation_that_nobody_answers_is_no_complete_run(tmp_path: Path, whole: str) -> None:
+    sites = Sites()
+
+    def nobody_judges(site: str, request: Request) -> Reply:
+        if not request.final:
+            return answer(site, request)
+        return Refusal(site=site, kind=request.kind, round=request.round, reason=Reason.INTERNAL)
+
+    sites.answer = nobody_judges
+    with pytest.raises(QuorumLost, match="no hospital answered the final evaluation of round"):
+        go(tmp_path, sites)
+    sites.answer = answer
+    assert go(tmp_path, sites)[0] == whole

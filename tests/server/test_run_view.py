@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -37,6 +38,7 @@ from fedneuro.server.registry import SiteRecord
 from fedneuro.server.rounds import initial_arrays, run_study
 from fedneuro.server.run_folder import Plan, RunFolder, Stopped, find_run, new_run
 from fedneuro.server.run_view import RunFollower, list_runs, read_events, view_run
+from fedneuro.server.scores import heldout_scores
 from fedneuro.server.sealed_keys import Passphrase
 from fedneuro.server.store import RunStore
 from fedneuro.server.watch import answers_table, render, runs_table
@@ -92,6 +94,12 @@ def test_a_run_from_its_launch_to_its_end(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert view.history[1].loss == {"A": 1.0, "B": 1.0} and view.history[3].metrics["C"] == {"dice": 0.5}
     assert json.loads(json.dumps(view.as_json()))["sites"][1]["missing_since"] == 2
+    assert view.sites["C"].intervals == {"dice": (0.5, 0.5)}
+    judged = "C Dice 0.50 (0.50–0.50), no privacy promise"
+    assert [str(score) for score in heldout_scores(view, view.study)] == [judged] and judged in text_of(
+        runs_table([view])
+    )
+    assert re.search(r"C +heldout +evaluated +Dice 0.50 +0.50–0.50 +no privacy promise", text_of(render(view)))
     assert any(line.startswith("hospital ") for line in text_of(render(view)).splitlines()), "below the bar, not in it"
     assert "timeout, missing since round 2" in text_of(render(view)) and "complete" in text_of(runs_table([view]))
     assert follower.look() == view and follower.new == []  # only what is new is read

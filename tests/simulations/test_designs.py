@@ -205,6 +205,26 @@ def test_cut_files_are_stated_and_made_again(loso: tuple[Path, Plan, dict[str, A
         finish_design(out)
 
 
+def test_empty_references_are_counted_and_sizes_are_a_stratum(loso: tuple[Path, Plan, dict[str, Any]]) -> None:
+    """Five of north's seven patients get an empty mask, two a large one, as if their files said so."""
+    out, plan, before = loso
+    assert not any("reference mask is empty" in note for note in before["evidence"]["notes"])
+    path = plan.federation(plan.folds[0]).folder / "sites/north" / FILE
+    whole = path.read_text()
+    values = json.loads(whole)
+    for number, scores in enumerate(values["patients"].values()):
+        assert scores["reference_ml"] > 0 and "absent_lesion" not in scores
+        scores |= {"reference_ml": 0.0, "absent_lesion": 1.0} if number < 5 else {"reference_ml": 50.0}
+    path.write_text(json.dumps(values))
+    evidence = finish_design(out)["evidence"]
+    assert "north: the reference mask is empty for 5 of 7 patients" in " ".join(evidence["notes"])
+    groups = {row["group"]: row["patients"] for row in evidence["strata"] if row["trait"] == "lesion volume"}
+    assert groups == {"none": "5", "30 ml and more": "<5", "under 5 ml": "11"}
+    assert not {row["metric"] for row in evidence["scores"]} & {"reference_ml", "absent_lesion"}
+    path.write_text(whole)
+    assert finish_design(out)["evidence"] == before["evidence"]
+
+
 def test_folds_of_patients_are_even_and_apart(sites: Path, tmp_path: Path) -> None:
     plan = prepare("cv", tiny(training={"rounds": 1}), sites, tmp_path, Options(folds=2))
     seen: list[tuple[str, str]] = []

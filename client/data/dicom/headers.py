@@ -21,6 +21,7 @@ from pydicom.datadict import keyword_dict
 from pydicom.multival import MultiValue
 
 from ....privacy.errors import DataError
+from ..words import said
 
 __all__ = ["IDENTIFYING", "Instance", "find_instances", "identifying_values"]
 
@@ -220,11 +221,10 @@ def _read(path: Path) -> Instance | str | None:
                 media = str(getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID", ""))
                 return None if media == _DIRECTORY_CLASS else "damaged DICOM file (no SOPClassUID); export it again"
             return _bomb(instance) or _cut(instance) or instance
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error}); copy or export it again"
     except Exception as error:  # a broken file may raise anything inside pydicom; the others go on
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        return f"damaged DICOM file ({detail}); export it again"
+        if isinstance(error, OSError) and error.strerror:  # without it, pydicom's own word for a broken sequence
+            return f"cannot be read ({error.strerror}); copy or export it again"
+        return f"damaged DICOM file ({said(error)}); export it again"
 
 
 def _pixels(instance: Instance) -> float:

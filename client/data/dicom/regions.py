@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 
 from ....privacy.errors import DataError
+from ..words import said
 from .series import Series
 
 __all__ = ["Region", "label_of", "read_regions", "referenced_series", "region_names"]
@@ -89,8 +90,7 @@ def read_regions(series: Series, affine: NDArray[np.float64], shape: Sequence[in
     except DataError:
         raise
     except Exception as error:  # whatever a damaged object raises inside pydicom and highdicom
-        detail = " ".join(str(error).split())[:120]
-        raise DataError(f"the regions cannot be read ({detail}); export them again as DICOM SEG") from error
+        raise DataError(f"the regions cannot be read ({said(error)}); export them again as DICOM SEG") from error
 
 
 def _read(series: Series) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from pydicom import Dataset, dcmread
 
 from ....privacy.errors import DataError
+from ..words import said
 from .geometry import Plane, Stack, stack_planes
 from .headers import Instance
 
@@ -156,8 +157,7 @@ def reference_stack(series: Series, *, tilted: bool = False) -> tuple[Stack, tup
     except DataError:
         raise
     except Exception as error:  # whatever damaged headers raise inside pydicom
-        detail = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DataError(f"damaged headers ({detail}); export the series again from the PACS") from error
+        raise DataError(f"damaged headers ({said(error)}); export the series again from the PACS") from error
 
 
 def _read_stack(series: Series, tilted: bool) -> tuple[Stack, tuple[int, int]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 
 from ....privacy.errors import DataError
+from ..words import said
 from .geometry import Stack
 from .series import Series
 
@@ -47,7 +48,7 @@ def straightened(series: Series, stack: Stack) -> tuple[NDArray[np.int16], NDArr
             grey = whole.pixel_array.astype(np.float64) * float(whole.get("RescaleSlope", 1))
             slices.append((grey + float(whole.get("RescaleIntercept", 0))).T)
         except Exception as error:  # whatever damaged pixels raise inside pydicom
-            detail = " ".join(str(error).split())[:100] or type(error).__name__
+            detail = said(error)
             raise DataError(f"pixels cannot be read ({detail}); export the series again") from error
     if len({one.shape for one in slices}) > 1 or slices[0].ndim != 2:
         raise DataError("slices of different sizes in one series; export it again")

@@ -14,6 +14,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from ..words import said
 from .catalogue import Finding
 from .files import File
 from .identity import suspicious
@@ -54,7 +55,7 @@ def judge_header(file: File) -> tuple[HeaderFacts | None, list[Finding]]:
     try:
         return _judge(file)
     except _FAULTS as error:
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = said(error)
         return None, [Finding("file-broken", (file.patient,), f"{file.path.name}: {detail}")]
 
 

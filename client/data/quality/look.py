@@ -126,12 +126,17 @@ def _judge_slices(data: NDArray[np.float32], head: NDArray[np.bool_], found: Rep
         slices = np.moveaxis(data, axis, 0)
         flat = [int(i) for i in range(shown[0] + 1, shown[-1]) if slices[i].max() <= slices[i].min()]
         if flat:
-            found("slices-empty", f"{len(flat)} {plane} slices, first {flat[0] + 1} of {len(slices)}")
+            found(
+                "slices-empty", f"{len(flat)} {plane} slice{'s'[: len(flat) > 1]}, first {flat[0] + 1} of {len(slices)}"
+            )
         same = [
             int(i) for i in range(shown[0], shown[-1]) if i not in flat and np.array_equal(slices[i], slices[i + 1])
         ]
         if same:
-            found("slices-repeated", f"{len(same)} {plane} slices, first {same[0] + 2} of {len(slices)}")
+            found(
+                "slices-repeated",
+                f"{len(same)} {plane} slice{'s'[: len(same) > 1]}, first {same[0] + 2} of {len(slices)}",
+            )
 
 
 def _judge_mask(look: Look, data: NDArray[np.float32]) -> None:

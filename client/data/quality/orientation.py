@@ -46,7 +46,7 @@ def words_of(turn: Turn) -> str:
     """The turn for people."""
     order, signs = turn
     if order == (0, 1, 2):
-        return " and ".join(_AXES[i] for i in range(3) if signs[i] < 0) + " exchanged"
+        return "with " + " and ".join(_AXES[i] for i in range(3) if signs[i] < 0) + " exchanged"
     return "turned on its side"
 
 
@@ -68,7 +68,7 @@ def judge_orientation(looks: list[Look]) -> list[Finding]:
                 Finding(
                     "orientation-odd",
                     (look.file.patient,),
-                    f"{look.file.path.name}: fits the others with {words_of(turn)} "
+                    f"{look.file.path.name}: fits the others best {words_of(turn)} "
                     f"({best:.2f} against {best - gain:.2f})",
                 )
             )

@@ -83,7 +83,7 @@ def _apart(volume: Volume, first: Volume) -> str:
     try:
         check_same_grid(volume, first)
     except DataError as error:
-        return str(error).split(";")[0]
+        return str(error).rpartition("; ")[0]  # without the remedy, which the finding has
     return ""
 
 
