@@ -65,7 +65,7 @@ def hold_looks(news: News) -> None:
         _tell(handlers.__dict__, path, news)
     for name in ("deactivate_node", "activate_node"):  # its messages are answered "unavailable" now
         _then(fleet_handlers.__dict__, name, lambda *_: news.tell(GRID_PULL))
-    names: dict[str, Any] = vars(application)
+    names: Any = vars(application)
     layers = names["_get_middleware"]
     names["_get_middleware"] = lambda: [Middleware(HeldLooks, news=news), *layers()]
     leave: Any = uvicorn.Server.handle_exit

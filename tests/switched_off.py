@@ -51,10 +51,12 @@ class Defence(Protocol):
     @property
     def tests(self) -> tuple[str, ...]:
         """In the folder of the list; at least one fails without it."""
+        ...
 
     @property
     def changes(self) -> tuple[tuple[str, str, str], ...]:
         """File, text that stands there once, and what stands there without the defence."""
+        ...
 
 
 def table(head: Sequence[str], rows: Mapping[str, Sequence[str]], defences: Mapping[str, Defence]) -> Iterator[str]:

@@ -75,7 +75,7 @@ def pairs_apart(time: Floats, event: NDArray[np.generic]) -> int:
     last: float | None = None
     for k in np.lexsort((~seen, time))[::-1]:
         if time[k] != last:
-            free, waiting, last = free + waiting, 0, time[k]
+            free, waiting, last = free + waiting, 0, float(time[k])
         if not seen[k]:
             free += 1
         elif free:

@@ -103,10 +103,11 @@ def _crops(case: str, device: Device) -> tuple[nn.Module, Tensor, Tensor]:
 
 def stock(network: nn.Module) -> nn.Module:
     """The network with PyTorch's own layers in place of the fast ones; they differ in ``forward`` only."""
+    own: tuple[Any, ...] = (nn.PReLU, nn.Conv2d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     for module in network.modules():
-        for own in (nn.PReLU, nn.Conv2d, nn.InstanceNorm2d, nn.InstanceNorm3d):
-            if isinstance(module, own):
-                module.__class__ = own
+        for kind in own:
+            if isinstance(module, kind):
+                module.__class__ = kind
     return network
 
 
