@@ -42,6 +42,7 @@ __all__ = [
     "IDLE_PAUSE",
     "REPLY_PAUSE",
     "announce_tasks",
+    "end_when_sent_away",
     "keep_trying",
     "main",
     "open_only",
@@ -220,6 +221,22 @@ def keep_trying() -> None:
     connection.__dict__["make_simple_http_retry_invoker"] = made
 
 
+def end_when_sent_away() -> None:
+    """Let a SuperNode that the SuperLink does not know (any more) say so and end with code 1.
+
+    At an answer 401 Flower sends itself SIGINT, which looks like an ordinary end on request.
+    """
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection
+
+    def kill(_process: int, _signal: int) -> None:
+        print("the coordinator refuses this node (401): revoked, or its clock is wrong", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    for module in (http_retry, fleet_http_connection):
+        module.__dict__["os"] = SimpleNamespace(kill=kill, getpid=os.getpid)
+
+
 def main() -> int:
     """Run the SuperNode with the options on the command line; returns when it gave its connection up.
 
@@ -243,6 +260,7 @@ def main() -> int:
     if options.lease:
         end_lost_lease(options.lease)
     keep_trying()
+    end_when_sent_away()
     put_aside_ended_runs()
     answer_lost_tasks()
     quicken_transfers()

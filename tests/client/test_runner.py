@@ -4,6 +4,7 @@
 import ast
 import inspect
 import json
+import re
 import secrets
 import socket
 import sys
@@ -376,6 +377,16 @@ def test_a_link_that_breaks_in_a_handshake_is_tried_again_and_a_wrong_certificat
     made: Any = vars(connection)["make_simple_http_retry_invoker"]
     gives_up = made().should_giveup
     assert [gives_up(error) for error in (broken, wrong, refused)] == [False, True, True]
+
+
+def test_flower_ends_itself_where_the_launcher_says_why() -> None:
+    """``end_when_sent_away`` puts these two names in place of ``os``; the modules must use no other."""
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection
+
+    for module in (http_retry, fleet_http_connection):
+        used = re.findall(r"\bos\.\w+", inspect.getsource(module))
+        assert sorted(used) == ["os.getpid", "os.kill"]
 
 
 def test_transfers_begin_to_look_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
