@@ -26,17 +26,13 @@ __all__ = ["FewChannels2d", "InstanceNorm2d", "InstanceNorm3d", "PReLU"]
 
 # An operator of its own, because it reads the slope's value: a trace of the network (vmap's) may hold the operator, not
 # a value that changes with every step.
-_LIBRARY: Any = torch.library.Library("fedneuro", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("prelu_backward(Tensor grad, Tensor x, Tensor slope, int groups) -> (Tensor, Tensor)")
+_OPERATOR = "fedneuro::prelu_backward"
 
 
 def _prelu_backward(grad: Tensor, x: Tensor, slope: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of the slope per group ``(groups,)``; the groups are equal parts of x's first axis."""
     below = torch.ops.aten.leaky_relu_backward(grad, x, slope.item(), False)
     return below, x.clamp(max=0).mul_(grad).reshape(groups, -1).sum(1, dtype=slope.dtype)
-
-
-_LIBRARY.impl("prelu_backward", _prelu_backward, "CPU")
 
 
 class PReLU(nn.PReLU):
@@ -144,9 +140,6 @@ def _vmap_backward(info: Any, in_dims: Any, grad: Tensor, x: Tensor, slope: Tens
     return (below.unflatten(0, (patients, -1)), slopes.unflatten(0, (patients, groups))), (0, 0)
 
 
-torch.library.register_vmap("fedneuro::prelu_backward", _vmap_backward, lib=_LIBRARY)
-
-
 def _folded(info: Any, in_dims: Any, inputs: Any) -> tuple[Tensor, ...]:
     """Inputs with the patients' axis folded into the first one; the last input is the slope, which has no such axis."""
     if in_dims[-1] is not None:
@@ -157,3 +150,9 @@ def _folded(info: Any, in_dims: Any, inputs: Any) -> tuple[Tensor, ...]:
         return value.flatten(0, 1)
 
     return *(fold(v, d) for v, d in zip(inputs[:-1], in_dims[:-1], strict=True)), inputs[-1]
+
+
+if not hasattr(torch.ops.fedneuro, "prelu_backward"):  # a released bundle holds a copy of this module
+    torch.library.define(_OPERATOR, "(Tensor grad, Tensor x, Tensor slope, int groups) -> (Tensor, Tensor)")
+    torch.library.impl(_OPERATOR, "cpu", _prelu_backward)
+    torch.library.register_vmap(_OPERATOR, _vmap_backward)
