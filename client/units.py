@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..privacy.service_file import HARDENED
 from .node_settings import NodeSettings
 
 __all__ = ["unit_text"]
@@ -35,31 +36,11 @@ TimeoutStopSec=30
 # A training process that takes too much is ended alone; the node answers and lives on.
 OOMPolicy=continue
 
-UMask=0077
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=read-only
-ReadOnlyPaths={data}
+{hardened}ReadOnlyPaths={data}
 ReadWritePaths={writable}
-PrivateTmp=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-LockPersonality=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
-SystemCallArchitectures=native
 SystemCallFilter=@system-service @mount
-SystemCallErrorNumber=EPERM
 # The walls around training: a user, a network and a mount namespace of its own.
 RestrictNamespaces=user net mnt ipc
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 
 [Install]
 WantedBy=multi-user.target
@@ -135,7 +116,7 @@ def unit_text(kind: str, settings: NodeSettings, config: Path) -> str:
     }
     if kind == "systemd":
         quoted = {key: str(value).replace("%", "%%") for key, value in values.items()}
-        return _SYSTEMD.format(**quoted, writable=" ".join(map(str, writable)))
+        return _SYSTEMD.format(hardened=HARDENED, **quoted, writable=" ".join(map(str, writable)))
     if kind == "compose":
         return _COMPOSE.format(**values, writable="".join(f"      - {path}:{path}\n" for path in writable))
     return _APPTAINER.format(**values, binds=" ".join(f"--bind {path}:{path}" for path in writable))

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..privacy.service_file import HARDENED
 from .consortium import Consortium
 
 __all__ = ["unit_text"]
@@ -42,30 +43,10 @@ RestartPreventExitStatus=2 3
 KillMode=mixed
 TimeoutStopSec=60
 
-UMask=0077
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=read-only
-ReadWritePaths={folder}
-PrivateTmp=yes
+{hardened}ReadWritePaths={folder}
 PrivateDevices=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-LockPersonality=yes
 RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
-SystemCallArchitectures=native
 SystemCallFilter=@system-service
-SystemCallErrorNumber=EPERM
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 
 [Install]
 WantedBy=multi-user.target
@@ -80,4 +61,4 @@ def unit_text(consortium: Consortium) -> str:
         "folder": str(consortium.folder),
         "program": str(Path(sys.executable).parent / "fedneuro-server"),
     }
-    return _SYSTEMD.format(**{key: value.replace("%", "%%") for key, value in values.items()})
+    return _SYSTEMD.format(hardened=HARDENED, **{key: value.replace("%", "%%") for key, value in values.items()})

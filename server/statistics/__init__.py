@@ -6,9 +6,9 @@ Pure functions over numbers; SciPy does the mathematics. Read in this order: :mo
 :mod:`.evidence` (everything that the report says of several models on the same patients).
 """
 
+from ...models.metrics.means import Interval, finite, mean_interval
 from .equivalence import Equivalence, equivalence
 from .family import holm
-from .intervals import Interval, finite, mean_interval
 from .moments import Moments, moments_interval, pool_moments, site_moments
 from .paired import Paired, compare_paired, power_note
 

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Final
 
+from ...models.metrics.means import Interval, Method, mean_interval
 from .equivalence import equivalence
 from .family import holm
-from .intervals import Interval, Method, estimate_json, mean_interval
+from .intervals import estimate_json
 from .moments import moments_interval, site_moments
 from .paired import compare_paired, power_note
 from .ranked_rows import Ranked, RankedRows

@@ -1,38 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals of a mean over patients, stratified by site, as results hold them.
-
-They are those of :mod:`fedneuro.models.metrics.means`: a hospital and the coordinator compute the same numbers from the
-same values.
-"""
+"""How an interval of :mod:`fedneuro.models.metrics.means` stands in results."""
 
 from typing import Any
 
-from ...models.metrics.means import (
-    FEWEST,
-    LEVEL,
-    Interval,
-    Method,
-    bootstrap_means,
-    bounded_ends,
-    expanded_level,
-    finite,
-    mean_interval,
-    stratified_mean,
-)
+from ...models.metrics.means import Interval
 
-__all__ = [
-    "FEWEST",
-    "LEVEL",
-    "Interval",
-    "Method",
-    "bootstrap_means",
-    "bounded_ends",
-    "estimate_json",
-    "expanded_level",
-    "finite",
-    "mean_interval",
-    "stratified_mean",
-]
+__all__ = ["estimate_json"]
 
 
 def estimate_json(interval: Interval) -> dict[str, Any]:

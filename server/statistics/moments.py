@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .intervals import LEVEL, Interval, finite
+from ...models.metrics.means import LEVEL, Interval, finite
 
 __all__ = [
     "Ends",

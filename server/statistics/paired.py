@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from .intervals import LEVEL, Interval, Method, finite, mean_interval
+from ...models.metrics.means import LEVEL, Interval, Method, finite, mean_interval
 
 __all__ = ["SMALLEST_TEST", "Paired", "compare_paired", "power_note", "rank_biserial", "signed_rank"]
 

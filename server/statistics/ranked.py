@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ...models.metrics import perfect_ends
+from ...models.metrics.means import LEVEL, Interval
 from ...models.metrics.outcome import pairs_apart
-from .intervals import LEVEL, Interval
 
 __all__ = [
     "FEW",

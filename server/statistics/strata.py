@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
-from .intervals import Interval, finite
+from ...models.metrics.means import Interval, finite
 
 __all__ = ["AGE_BANDS", "SMALLEST_CELL", "Traits", "age_band", "cell", "strata_rows"]
 

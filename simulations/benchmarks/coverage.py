@@ -25,8 +25,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.metrics.means import LEVEL, bootstrap_means, bounded_ends, expanded_level
 from ...server.statistics import Moments, holm, moments_interval
-from ...server.statistics.intervals import LEVEL, bootstrap_means, bounded_ends, expanded_level
 from ...server.statistics.paired import signed_rank
 
 __all__ = ["bench_coverage", "family_error", "interval_coverage", "markdown"]

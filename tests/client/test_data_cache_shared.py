@@ -4,11 +4,9 @@
 import multiprocessing
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -18,6 +16,7 @@ from fedneuro.client.data.cache import ScanCache
 from fedneuro.client.data.preprocess import Prepared
 from fedneuro.privacy.errors import DataError, EnvironmentProblem
 from tests.bids import image_path, make_study, write_site
+from tests.sessions import living
 
 
 def content(cache: Path) -> dict[str, bytes]:
@@ -76,25 +75,15 @@ def test_a_build_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     child.start()
     assert child.pid is not None
     deadline = time.monotonic() + 60
-    while len(_session(child.pid)) < 3 or not content(cache):
+    while len(living(child.pid)) < 3 or not content(cache):
         assert time.monotonic() < deadline and child.is_alive()
         time.sleep(0.05)
     child.kill()
     child.join()
-    while _session(child.pid):
+    while living(child.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(open_site(root, make_study(), cache=cache).patients) == 5
-
-
-def _session(leader: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
 
 
 def _die(_: Any) -> None:

@@ -13,13 +13,11 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
-import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from pydicom.dataset import Dataset
@@ -29,6 +27,7 @@ from fedneuro.simulations.benchmarks import fuzz
 from fedneuro.simulations.benchmarks.fuzz import bench_fuzz
 from fedneuro.simulations.benchmarks.fuzz_inputs import _picture, _stored, changed, changed_inside, sound_files
 from fedneuro.simulations.benchmarks.fuzz_reader import HANG_SECONDS, READERS, shielded
+from tests.sessions import living
 
 EXAMPLES = int(os.environ.get("FEDNEURO_FUZZ_EXAMPLES", "100"))
 EVERY_CHECK: Any = list(HealthCheck)
@@ -230,19 +229,9 @@ def test_a_hang_is_seen_from_outside_and_slow_progress_is_none(
     assert told in died if told else died == ""
     assert not child.is_alive()
     deadline = time.monotonic() + 5
-    while _of_session(child.pid) and time.monotonic() < deadline:
+    while living(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _of_session(child.pid)
-
-
-def _of_session(leader: int | None) -> list[int]:
-    """Processes that live."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
+    assert not living(child.pid)
 
 
 def test_a_fault_that_repeats_is_told_from_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

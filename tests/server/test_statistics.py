@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from fedneuro.models.metrics.means import expanded_level
 from fedneuro.server.report_evidence import EVIDENCE, evidence_view, read_evidence
 from fedneuro.server.report_files import table_csv
 from fedneuro.server.statistics import (
@@ -22,7 +23,6 @@ from fedneuro.server.statistics import (
     site_moments,
 )
 from fedneuro.server.statistics.evidence import ALL, BEST_LOCAL, OURS, Judged, Table, build_evidence
-from fedneuro.server.statistics.intervals import expanded_level
 from fedneuro.server.statistics.moments import Ends, pool_ends, pool_moments, subtract_ends
 from fedneuro.server.statistics.paired import rank_biserial, signed_rank
 from fedneuro.simulations.benchmarks.coverage import MODELS, SITES, family_error, interval_coverage
