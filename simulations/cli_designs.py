@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fedneuro-sim loso``, ``cv`` and ``sweep``, and ``--compare`` of ``run``: several runs that answer one question."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,12 @@ __all__ = ["Compare", "check_compare", "compare_run", "finish_again", "is_design
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (TOML).")]
 Sites = Annotated[Path, typer.Option("--sites", help="Folder that holds one BIDS folder per hospital.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the design; the same command goes on where it was.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder of the design; the same command goes on where it was. Default: out/ and the study's name."
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the study (TOML value); may repeat."),
@@ -43,6 +49,8 @@ Margin = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew; what is in OUT is replaced.")]
 MARGIN = 0.02
+LINE_SECONDS = 60.0
+"""Where there is no terminal, a running task is told of once in so many seconds."""
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
@@ -56,7 +64,7 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 def loso(
     study: StudyFile,
     sites: Sites,
-    out: Out,
+    out: Out = None,
     compare: Compare = "",
     overrides: Set = None,
     seeds: Seeds = 1,
@@ -66,13 +74,13 @@ def loso(
 ) -> None:
     """Leave one site out: hold out each hospital once, and say how the others' model does there."""
     options = {"compare": compare, "seeds": seeds, "margin": margin}
-    _run_design("loso", study, sites, out, overrides, options, workers, overwrite)
+    _run_design("loso", study, sites, _folder(out, study, "loso"), overrides, options, workers, overwrite)
 
 
 def cv(
     study: StudyFile,
     sites: Sites,
-    out: Out,
+    out: Out = None,
     compare: Compare = "",
     overrides: Set = None,
     folds: Annotated[int, typer.Option("--folds", min=2, max=50, help="Folds of each hospital's patients.")] = 5,
@@ -83,13 +91,13 @@ def cv(
 ) -> None:
     """Cross-validate: leave each fold of patients out once at every hospital."""
     options = {"compare": compare, "seeds": seeds, "margin": margin, "folds": folds}
-    _run_design("cv", study, sites, out, overrides, options, workers, overwrite)
+    _run_design("cv", study, sites, _folder(out, study, "cv"), overrides, options, workers, overwrite)
 
 
 def sweep(
     study: StudyFile,
     sites: Sites,
-    out: Out,
+    out: Out = None,
     grid: Annotated[
         list[str] | None,
         typer.Option("--grid", metavar="SECTION.KEY=[A, B]", help="Try every value; with others, every combination."),
@@ -113,6 +121,7 @@ def sweep(
     from .designs.sweep_report import finish_sweep
 
     space = Space.parse(grid or [], random or [], trials=trials, search=search, seeds=seeds)
+    out = _folder(out, study, "sweep")
     with _progress() as (begin, tell):
         failures = run_sweep(
             study, overrides or [], sites, out, space,
@@ -213,6 +222,11 @@ def _run_design(
     _end(failures)
 
 
+def _folder(out: Path | None, study: Path, design: str) -> Path:
+    """Where a design is kept: what was asked, or ``out/STUDY-DESIGN`` beside where the command is typed."""
+    return out or Path("out") / f"{study.stem}-{design}"
+
+
 def _workers(asked: int, threads: int = 1) -> int:
     import os
 
@@ -227,13 +241,14 @@ def _end(failures: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _progress() -> "Iterator[tuple[Any, Told]]":
-    """A bar per running task on a terminal; elsewhere a line per task that ends."""
+    """A bar per running task on a terminal; elsewhere a line per task that ends, and each minute how far it is."""
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     )  # fmt: skip
     running: dict[str, Any] = {}
+    told: dict[str, float] = {}
     counts = {"done": 0, "all": 0}
 
     def begin(tasks: Sequence[Any]) -> None:
@@ -248,6 +263,9 @@ def _progress() -> "Iterator[tuple[Any, Told]]":
             return
         if name not in running:
             running[name] = bars.add_task(name, total=None)
+        if not console.is_terminal and time.monotonic() - told.get(name, -LINE_SECONDS) >= LINE_SECONDS:
+            told[name] = time.monotonic()
+            console.print(f"  {name}: {f'round {event.round}' if event.round else 'begins'}", highlight=False)
         if event.kind == "started":
             bars.update(running[name], total=event.values["rounds"], completed=event.round)
         elif event.kind == "round-done":

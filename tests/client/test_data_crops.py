@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedneuro.client.data import Crops, SiteData, open_site
+from fedneuro.client.data import augment as augmenting
 from fedneuro.client.data import crops as crops_module
 from fedneuro.client.data.augment import augment
 from fedneuro.privacy.errors import DataError
 from fedneuro.privacy.study import Study
+from fedneuro.privacy.study_data import AugmentationSection
 from tests.bids import image_path, make_study, mask_path, write_nifti, write_site
 
 THREE = {"dims": 3}
@@ -210,6 +212,23 @@ def test_light_mirrors_each_axis_half_of_the_time() -> None:
     counts = [seen.count(kind) for kind in set(seen)]
     assert len(counts) == 4
     assert min(counts) > 60  # 100 expected, standard deviation 8.7
+
+
+@pytest.mark.parametrize("kind", ["standard", "custom"])
+def test_a_chain_is_seeded_as_monai_seeds_it(kind: str) -> None:
+    patch = (24, 24)
+    table = AugmentationSection(affine=0.9, elastic=0.9, low_resolution=0.5, bias=0.9, gamma=0.5, noise=0.5)
+    chains = augmenting._standard(patch, True) if kind == "standard" else augmenting._custom(patch, True, table)
+    sample = {"image": torch.randn(1, *patch), "label": torch.ones(1, *patch)}
+    for chain in chains:
+        seen = set()
+        for seed in (0, 5, 6, 7, 8, 2**32 - 1):
+            expected: Any = chain._chain.set_random_state(seed)(dict(sample))
+            found = augmenting._Seeded(chain._chain)(dict(sample), seed)
+            assert torch.equal(found["image"], expected["image"])
+            assert torch.equal(found["label"], expected["label"])
+            seen.add(float(found["image"].sum()))
+        assert len(seen) > 2
 
 
 def test_standard_leaves_the_background_and_monai_as_they_were() -> None:
