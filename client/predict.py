@@ -25,7 +25,8 @@ from torch import nn
 
 from ..models.metrics import dice
 from ..models.spec import OUTCOMES
-from ..privacy.errors import BadInput, DataError, EnvironmentProblem
+from ..privacy.errors import DataError, EnvironmentProblem
+from ..privacy.folders import require_empty
 from ..privacy.release_pack import Released, open_released
 from ..privacy.study import Study
 from .data import checks
@@ -77,12 +78,11 @@ def predict(
         tell: takes one line per scan.
 
     Raises:
-        BadInput: ``out`` holds files.
+        StateError: ``out`` holds files.
         DataError: scans lack a modality, or have a fault; nothing is written then.
         EnvironmentProblem: no GPU though one was asked for, or the network is built otherwise by this version.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: is not an empty folder; give a new --out")
+    require_empty(out)
     study = released.study
     scans = _find(study, data, tell)
     model = _model(released, device)

@@ -30,7 +30,8 @@ from torch import nn
 
 from ..models.export import OPSET, export_onnx, onnx_difference
 from ..models.state import save_arrays
-from ..privacy.errors import BadInput, Refused
+from ..privacy.errors import Refused
+from ..privacy.folders import require_empty
 from ..privacy.manifest import MANIFEST, MODEL, PURPOSE, Manifest, file_digest, require
 from ..privacy.release_pack import PURPOSE as RELEASE_PURPOSE
 from ..privacy.release_pack import RELEASE, SUMS, Release, Released, open_released, sums_text, verify_release
@@ -76,12 +77,12 @@ def make_release(run: Path, out: Path, signer: Signer, options: ReleaseOptions) 
         options: see :class:`ReleaseOptions`.
 
     Raises:
-        BadInput: ``run`` holds no manifest, or ``out`` holds files.
+        BadInput: ``run`` holds no manifest.
+        StateError: ``out`` holds files.
         Refused: the run is not as it was signed, not finished, or ONNX computes something else.
         EnvironmentProblem: a package that only releases need is missing.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: is not an empty folder; give a new --out")
+    require_empty(out)
     released = open_released(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

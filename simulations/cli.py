@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..privacy.errors import BadInput
 from ..privacy.exits import run_command
+from ..privacy.folders import require_folder
 from . import cli_data, cli_designs
 from .benchmarks import cli_coordinator, cli_live, cli_metrics
 
@@ -188,6 +190,7 @@ def phantoms(
     from .demo import make_phantoms
     from .phantoms.outcomes import add_outcomes
 
+    require_folder(out)
     console = Console(stderr=True)
     names = [f"hospital-{i + 1}" for i in range(sites)]
     with Progress(console=console) as progress:
@@ -289,11 +292,18 @@ def overhead(json_out: JsonOut = None) -> None:
 
 
 @bench.command()
-def rounds(json_out: JsonOut = None, count: Annotated[int, typer.Option("--rounds", min=2)] = 5) -> None:
+def rounds(
+    json_out: JsonOut = None,
+    count: Annotated[int, typer.Option("--rounds", min=2)] = 5,
+    sites: Annotated[int, typer.Option("--sites", min=1, max=20, help="Hospitals.")] = 2,
+    megabytes: Annotated[int, typer.Option("--megabytes", help="Of the model: 0 (that is 2 kB) or 5.")] = 0,
+) -> None:
     """Seconds per round of a deployment without computation, stock Flower beside it."""
-    from .benchmarks.rounds import bench_rounds
+    from .benchmarks.rounds import NETWORKS, bench_rounds
 
-    print(json.dumps(bench_rounds(json_out, rounds=count), indent=2))
+    if megabytes not in NETWORKS:
+        raise BadInput(f"--megabytes {megabytes}: expected one of {', '.join(map(str, NETWORKS))}")
+    print(json.dumps(bench_rounds(json_out, count, hospitals=sites, megabytes=megabytes), indent=2))
 
 
 @bench.command()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..models.heavy import torch
 from ..privacy.errors import FedNeuroError
+from ..privacy.folders import require_folder
 from ..privacy.study import Study
 from ..server.events import Observer, ignore
 from ..server.outcome import write_outcome
@@ -59,6 +60,7 @@ class Simulation:
         Raises:
             FedNeuroError: with the explanation of the simulated hospitals where one of them refused.
         """
+        require_folder(self.out)
         settings = site_settings(self.study, self._found(), self.out, cache=self.cache)
         if resume:
             store = RunStore.resume(self.out, self.study, engine=self.engine)

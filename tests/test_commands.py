@@ -42,6 +42,8 @@ def test_help_is_a_first_page(name: str) -> None:
             2,
             "inprocess or ray",
         ),
+        (("fedneuro-sim", "phantoms", "--out", DEMO + "/o"), 2, "demo.toml is a file, not a folder"),
+        (("fedneuro-sim", "loso", DEMO, "--sites", "{tmp}", "--out", DEMO), 2, "is a file, not a folder"),
         (("fedneuro-sim", "report", "{tmp}"), 2, "holds no run"),
         (("fedneuro-server", "report", "{tmp}"), 2, "holds no run"),
         (("fedneuro-server", "check", "{tmp}"), 2, "{tmp}"),

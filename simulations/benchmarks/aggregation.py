@@ -9,9 +9,12 @@ its own for every number of hospitals:
     move       receives and sends the same bytes and does nothing with them: what a round cannot be faster than
     stock      Flower's ``FedAvg.aggregate_train`` on the same replies, which it takes all at once
 
+The first two take turns, round by round, so that other work on the machine meets both alike: the ratio of seconds is
+the median over pairs of rounds that followed one another.
+
 Memory is the peak resident set of the server process (VmHWM) above what it held when it was ready and had no model, in
-sizes of the model. Seconds are the median over rounds; those of the processor, of the server's process alone, tell
-whether a machine that had other work makes them look bad. Not in these figures: the SuperLink, which is Flower's and
+sizes of the model. Seconds are the median over rounds; those of the processor, of the server's process alone, do not
+grow on a machine that has other work. Not in these figures: the SuperLink, which is Flower's and
 holds a message until it is fetched (``bench rounds`` runs a whole deployment). Stock is left out where it would need
 more memory than there is.
 """
@@ -25,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO, cast
@@ -56,14 +60,18 @@ def bench_aggregation(
     """
     found: dict[str, Any] = {"rounds": rounds, "sites": {}}
     for count in sites:
-        entry: dict[str, Any] = {}
-        for arm in ("fedneuro", "move", "stock"):
-            if arm == "stock" and (lack := _lacks_memory(count, megabytes)):
-                entry[arm] = {"left_out": lack}
-                continue
-            entry[arm] = _run_arm(arm, count, megabytes, rounds)
-            found["model_mb"] = entry[arm].pop("model_mb")
-        entry["seconds_ratio"] = entry["fedneuro"]["seconds_per_round"] / entry["move"]["seconds_per_round"]
+        entry = _run_arms(("fedneuro", "move"), count, megabytes, rounds)
+        if lack := _lacks_memory(count, megabytes):
+            entry["stock"] = {"left_out": lack}
+        else:
+            entry |= _run_arms(("stock",), count, megabytes, rounds)
+        for arm in entry:
+            found["model_mb"] = entry[arm].pop("model_mb", found.get("model_mb"))
+        pairs = zip(entry["fedneuro"]["all_rounds"], entry["move"]["all_rounds"], strict=True)
+        ratios = [ours / moved for ours, moved in pairs]
+        entry["seconds_ratio"], entry["all_ratios"] = median(ratios), [round(ratio, 3) for ratio in ratios]
+        ours, moved = (entry[arm]["cpu_seconds_per_round"] for arm in ("fedneuro", "move"))
+        entry["cpu_seconds_ratio"] = ours / moved
         found["sites"][str(count)] = entry
         if json_path:
             json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -77,29 +85,45 @@ def _lacks_memory(count: int, megabytes: int) -> str:
     return f"would need about {needed:.0f} MB, {there:.0f} MB are free" if needed > 0.8 * there else ""
 
 
-def _run_arm(arm: str, count: int, megabytes: int, rounds: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="fn-aggregation-") as folder:
-        files = make_certificates(Path(folder))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+def _run_arms(arms: tuple[str, ...], count: int, megabytes: int, rounds: int) -> dict[str, Any]:
+    """Figures of each arm; two arms take turns."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env |= {"MALLOC_MMAP_THRESHOLD_": ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]}  # as `start` sets it
+    code = f"from {__name__} import serve; serve(*__import__('sys').argv[1:])"
+    with ExitStack() as stack:
+        servers: list[subprocess.Popen[str]] = []
+        hospitals: list[subprocess.Popen[bytes]] = []
+        turns = [stack.enter_context(end) for end in socket.socketpair()]
+        for arm, turn in zip(arms, turns, strict=False):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fn-aggregation-"))
+            files = make_certificates(Path(folder))
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             address = f"127.0.0.1:{listener.getsockname()[1]}"
-            code = f"from {__name__} import serve; serve(*__import__('sys').argv[1:])"
             arguments = [arm, str(count), str(megabytes), str(rounds), folder, str(listener.fileno())]
-            arguments += [str(files.server), str(files.server_key)]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            env |= {"MALLOC_MMAP_THRESHOLD_": ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]}  # as `start` sets it
-            server = subprocess.Popen(  # noqa: S603 - our own interpreter and code
-                [sys.executable, "-c", code, *arguments],
-                pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True, env=env,
+            arguments += [str(files.server), str(files.server_key), str(turn.fileno())]
+            servers.append(
+                subprocess.Popen(  # noqa: S603 - our own interpreter and code
+                    [sys.executable, "-c", code, *arguments],
+                    pass_fds=[listener.fileno(), turn.fileno()], stdout=subprocess.PIPE, text=True, env=env,
+                )
             )  # fmt: skip
-            hospitals = subprocess.Popen(  # noqa: S603 - our own interpreter and code
-                [sys.executable, "-c", code.replace("serve", "play"), address, str(files.authority)], env=env
+            hospitals.append(
+                subprocess.Popen(  # noqa: S603 - our own interpreter and code
+                    [sys.executable, "-c", code.replace("serve", "play"), address, str(files.authority)], env=env
+                )
             )
-        text = server.communicate()[0]
-        hospitals.wait()
+            listener.close()  # hospitals of a server that ended are refused
+        for end in turns:
+            end.close()  # whoever waits for one that ended goes on
+        texts = [process.communicate()[0] for process in servers]
+        for process in hospitals:
+            process.wait()
+    figures: dict[str, Any] = {}
+    for arm, server, text in zip(arms, servers, texts, strict=True):
         if server.returncode:
             raise RuntimeError(f"the {arm} arm with {count} sites ended with code {server.returncode}")
-        figures: dict[str, Any] = json.loads(text)
-        return figures
+        figures[arm] = json.loads(text)
+    return figures
 
 
 # -- the hospitals ---------------------------------------------------------------------------------------------
@@ -143,8 +167,24 @@ def _stream(connection: ssl.SSLSocket) -> BinaryIO:
 # -- the server ------------------------------------------------------------------------------------------------
 
 
+class _Turns:
+    """One of two servers that take turns; where the other has ended, or there is none, it goes on."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def wait(self) -> None:
+        """Until the other is done."""
+        self._end.recv(1)
+
+    def done(self) -> None:
+        """It is the other's turn."""
+        with suppress(OSError):
+            self._end.send(b".")
+
+
 def serve(
-    arm: str, count: str, megabytes: str, rounds: str, folder: str, descriptor: str, chain: str, key: str
+    arm: str, count: str, megabytes: str, rounds: str, folder: str, descriptor: str, chain: str, key: str, turn: str
 ) -> None:
     """One arm; prints its figures."""
     import psutil
@@ -162,13 +202,15 @@ def serve(
     idle = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak since now
     busy = time.process_time()
-    seconds = {"fedneuro": _fedneuro, "move": _move, "stock": _stock}[arm](study, hospitals, Path(folder) / "out")
+    with socket.socket(fileno=int(turn)) as end:
+        arms = {"fedneuro": _fedneuro, "move": _move, "stock": _stock}
+        seconds = arms[arm](study, hospitals, Path(folder) / "out", _Turns(end))
     busy = time.process_time() - busy
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     connection.close()
     size = sum(array.nbytes for array in initial_arrays(study)["model"].values())
     figures = {
-        "model_mb": size / 1e6, "seconds_per_round": median(seconds), "all_rounds": [round(s, 2) for s in seconds],
+        "model_mb": size / 1e6, "seconds_per_round": median(seconds), "all_rounds": [round(s, 3) for s in seconds],
         "cpu_seconds_per_round": busy / len(seconds), "idle_mb": idle / 1e6, "peak_mb": peak / 1e6,
         "model_sizes_above_idle": (peak - idle) / size,
     }  # fmt: skip
@@ -230,31 +272,41 @@ class _Hospitals:
         return read_frame(self.stream)[1]
 
 
-def _fedneuro(study: Study, hospitals: _Hospitals, out: Path) -> list[float]:
-    from ...server.events import ignore
+def _fedneuro(study: Study, hospitals: _Hospitals, out: Path, turns: _Turns) -> list[float]:
+    from ...server.events import Event
     from ...server.rounds import run_study
     from ...server.store import RunStore
 
+    def take_turns(event: Event) -> None:
+        if event.kind == "round-done" and event.round < study.training.rounds:
+            turns.done()
+            turns.wait()
+
     store = RunStore.create(out, study, engine="stream")
-    run_study(study, hospitals, store, ignore)
+    turns.wait()
+    run_study(study, hospitals, store, take_turns)
+    turns.done()
     return [record.seconds for record in store.rounds()[1:]]
 
 
-def _move(study: Study, hospitals: _Hospitals, out: Path) -> list[float]:
+def _move(study: Study, hospitals: _Hospitals, out: Path, turns: _Turns) -> list[float]:
     from ...server.start import initial_arrays
 
     del out
     model, seconds = initial_arrays(study)["model"], []
+    turns.done()
     for number in range(1, study.training.rounds + 1):
+        turns.wait()
         started = time.monotonic()
         hospitals.send(Request(kind="train", study=study, round=number, arrays=model))
         for site in range(hospitals.count):
             hospitals.fetch(site)
         seconds.append(time.monotonic() - started)
+        turns.done()
     return seconds
 
 
-def _stock(study: Study, hospitals: _Hospitals, out: Path) -> list[float]:
+def _stock(study: Study, hospitals: _Hospitals, out: Path, turns: _Turns) -> list[float]:
     """Flower's own strategy, given what the Grid gives it: all replies of the round."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp.strategy import FedAvg
@@ -263,7 +315,7 @@ def _stock(study: Study, hospitals: _Hospitals, out: Path) -> list[float]:
     from ...privacy.wire import decode_reply
     from ...server.start import initial_arrays
 
-    del out
+    del out, turns
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     model, seconds, strategy = initial_arrays(study)["model"], [], FedAvg()
     for number in range(1, study.training.rounds + 1):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds per round of a deployment without work, and of stock Flower beside it, measured in one run.
 
-Both arms: one SuperLink with TLS, node authentication and SQLite on this machine, two hospitals, a model of the
+Both arms: one SuperLink with TLS, node authentication and SQLite on this machine, as many hospitals, a model of the
 same number of parameters, FedAvg, no evaluation between rounds. FedNeuro's arm is a rehearsal of a study whose
-sites take one optimiser step on four tiny images. Stock Flower's arm is Flower's own FedAvg over its
+sites take one optimiser step on four tiny images; the larger model has its weights where the images are smallest, so
+that this step is short, too. Stock Flower's arm is Flower's own FedAvg over its
 default isolation, with a ClientApp that adds one to each weight; its model is one array, which suits it.
 
 The figure is the median over all rounds but the first, in which a node loads its data. Seconds depend on
@@ -39,19 +40,30 @@ __all__ = ["bench_rounds", "write_tiny_site"]
 
 _NIB: Any = nibabel  # it carries no type information
 
-HOSPITALS = ("north", "south")
+HOSPITALS = 2
+NETWORKS = {0: ((4, 8), 0), 5: ((8, 16, 32, 344), 2)}
+"""Channels and residual units of a network of so many megabytes; 0: of 2 kB."""
 STOCK_SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
 STOCK_SECONDS = 600.0
 """Patience with the stock arm."""
 
 
-def bench_rounds(json_path: Path | None = None, rounds: int = 5) -> dict[str, Any]:
-    """Measure both arms and return (and save) the figures."""
-    study = _study(rounds)
-    found: dict[str, Any] = {"hospitals": len(HOSPITALS), "rounds": rounds, "parameters": _parameters(study)}
+def bench_rounds(
+    json_path: Path | None = None, rounds: int = 5, *, hospitals: int = HOSPITALS, megabytes: int = 0
+) -> dict[str, Any]:
+    """Measure both arms and return (and save) the figures.
+
+    Args:
+        json_path: where to save.
+        rounds: per arm, at least 2.
+        hospitals: how many, at least 1.
+        megabytes: of the model, a key of :data:`NETWORKS`.
+    """
+    study, names = _study(rounds, megabytes), [f"hospital-{number}" for number in range(1, hospitals + 1)]
+    found: dict[str, Any] = {"hospitals": hospitals, "rounds": rounds, "parameters": _parameters(study)}
     with tempfile.TemporaryDirectory(prefix="fn-rounds-") as folder:
-        found["fedneuro"] = _figures(_fedneuro_arm(study, Path(folder)))
-        found["stock_flower"] = _figures(_stock_arm(rounds, found["parameters"], Path(folder) / "stock"))
+        found["fedneuro"] = _figures(_fedneuro_arm(study, names, Path(folder)))
+        found["stock_flower"] = _figures(_stock_arm(rounds, found["parameters"], names, Path(folder) / "stock"))
     found["ratio"] = found["stock_flower"]["seconds_per_round"] / found["fedneuro"]["seconds_per_round"]
     if json_path:
         json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -91,12 +103,13 @@ def _figures(seconds: list[float]) -> dict[str, Any]:
     return {"seconds_per_round": median(seconds[1:]), "all_rounds": [round(value, 3) for value in seconds]}
 
 
-def _study(rounds: int) -> Study:
+def _study(rounds: int, megabytes: int) -> Study:
+    channels, units = NETWORKS[megabytes]
     return Study.parse(
         {
             "study": {"name": "no-work"},
             "data": {"patch": [16, 16], "augment": "none"},
-            "model": {"channels": [4, 8], "residual_units": 0},
+            "model": {"channels": list(channels), "residual_units": units},
             "training": {"rounds": rounds, "local_steps": 1, "batch_size": 4, "device": "cpu"},
             "privacy": {"mode": "none"},
             "evaluation": {"every": 0, "previews": 0},
@@ -109,8 +122,8 @@ def _parameters(study: Study) -> int:
     return sum(int(array.size) for array in to_arrays(network).values())
 
 
-def _fedneuro_arm(study: Study, folder: Path) -> list[float]:
-    for seed, name in enumerate(HOSPITALS):
+def _fedneuro_arm(study: Study, names: list[str], folder: Path) -> list[float]:
+    for seed, name in enumerate(names):
         write_tiny_site(folder / "sites" / name, seed=seed)
     out = folder / "fedneuro"
     with closing(RunStore.create(out, study, engine="deployment")) as store:
@@ -132,6 +145,7 @@ clientapp = "stock.client_app:app"
 [tool.flwr.app.config]
 rounds = 5
 size = 1000
+nodes = 2
 out = ""
 """
 _SERVER = """\
@@ -152,7 +166,8 @@ def main(grid: Grid, context: Context) -> None:
         stamps.append(time.monotonic())
         return MetricRecord({"round": server_round})
 
-    FedAvg(fraction_evaluate=0.0).start(
+    nodes = int(config["nodes"])
+    FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes).start(
         grid=grid, initial_arrays=arrays, num_rounds=int(config["rounds"]), evaluate_fn=stamp
     )
     part = config["out"] + ".part"
@@ -176,7 +191,7 @@ def train(message: Message, context: Context) -> Message:
 """
 
 
-def _stock_arm(rounds: int, size: int, folder: Path) -> list[float]:
+def _stock_arm(rounds: int, size: int, names: list[str], folder: Path) -> list[float]:
     """Seconds of each round of Flower's own FedAvg, every process as its command line starts it."""
     from flwr.cli.build import build_fab_from_files
 
@@ -201,16 +216,16 @@ def _stock_arm(rounds: int, size: int, folder: Path) -> list[float]:
         superlink += ["--disable-runtime-dependency-installation"]
         processes.start("superlink", STOCK_SUPERLINK, superlink, {"FLWR_HOME": str(folder / "home")})
         _until(control.is_healthy, processes, "superlink")
-        for name in HOSPITALS:
+        for name in names:
             control.register(make_node_key(folder / f"{name}.key"), name)
             node = ["--superlink", address, "--root-certificates", str(certificates.authority)]
             node += ["--auth-supernode-private-key", str(folder / f"{name}.key")]
             node += ["--host", "127.0.0.1", "--port", str(claim_port())]
             entry = "flwr.supernode.cli.flower_supernode:flower_supernode"
             processes.start(name, entry, node, {"FLWR_HOME": str(folder / f"home-{name}")})
-        _until(lambda: control.online() >= set(HOSPITALS), processes, *HOSPITALS)
-        control.start_run(content, {"rounds": rounds, "size": size, "out": str(result)})
-        _until(result.is_file, processes, "superlink", *HOSPITALS)
+        _until(lambda: control.online() >= set(names), processes, *names)
+        control.start_run(content, {"rounds": rounds, "size": size, "nodes": len(names), "out": str(result)})
+        _until(result.is_file, processes, "superlink", *names)
         seconds: list[float] = json.loads(result.read_text(encoding="utf-8"))
         return seconds
 

@@ -57,6 +57,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
     notes: list[str] = []
     missing: list[str] = []
     drawn: dict[str, dict[str, Mapping[str, Any]]] = {}
+    said: Said = {}
     done: set[Path] = set()
     for fold in plan.folds:
         for model, path, hospital, index in _places(plan, fold):
@@ -71,6 +72,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
                 site, own = index.get(patient, (hospital, patient)) if index or not hospital else (hospital, patient)
                 _add(scores, fold.seed, model, site, own, values)
                 drawn.setdefault(site, {}).setdefault(own, values)
+                _add_answer(said, fold.seed, model, site, values)
                 _add_record(records, fold.seed, model, site, own, values)
                 if model == OURS and "majority" in plan.compare.kinds and "class" in values:
                     guess = majority.get(fold.name)
@@ -92,8 +94,7 @@ def gather(plan: Plan, *, traits: Traits, majority: Mapping[str, int | None]) ->
         notes.append("previous release: nothing is known of whom it was trained on; these patients may be among them")
     if "majority" in plan.compare.kinds and any(guess is None for guess in majority.values()):
         notes.append("majority class: unknown in a fold, as participants.tsv of the training hospitals names no class")
-    if plan.study.task.kind == "segmentation":
-        notes += _empty_notes(plan, drawn)
+    notes += [*_empty_notes(plan, drawn), *_class_notes(plan, drawn), *_alike_notes(said)]
     heldout = [fold.hospital[name] for fold in plan.folds for name in fold.tests]
     return Judged(
         metrics={
@@ -187,6 +188,8 @@ def _read(path: Path, model: str, hospital: str, notes: list[str], missing: list
     return patients
 
 
+Said = dict[tuple[str, int], list[tuple[Any, ...]]]
+"""Hospital and seed: our model's answers, one per patient."""
 Drawn = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Hospital: patient: what is known of the reference mask."""
 
@@ -207,7 +210,7 @@ def _with_sizes(traits: Traits, drawn: Drawn, cuts: Sequence[float]) -> Traits:
 def _empty_notes(plan: Plan, drawn: Drawn) -> list[str]:
     """Hospitals at which the reference lacks a label, or all of them: scores there follow the rule of empty masks."""
     labels, notes = plan.study.task.labels, list[str]()
-    for site, patients in drawn.items():
+    for site, patients in drawn.items() if plan.study.task.kind == "segmentation" else ():
         lacks = {label: sum(_ABSENT + label in values for values in patients.values()) for label in labels}
         empty = sum(all(_ABSENT + label in values for label in labels) for values in patients.values())
         rule = "such a patient counts by the rule of empty masks: Dice 1 where nothing is predicted, else 0"
@@ -217,6 +220,30 @@ def _empty_notes(plan: Plan, drawn: Drawn) -> list[str]:
             if len(labels) > 1 and lacks[label] == len(patients) > empty:
                 notes.append(f"{site}: no reference mask has the label {label}; its scores there say little, as {rule}")
     return notes
+
+
+def _class_notes(plan: Plan, drawn: Drawn) -> list[str]:
+    """Hospitals without a patient of some class: AUROC and accuracy there are of the other classes."""
+    labels, notes = plan.study.task.labels, list[str]()
+    for site, patients in drawn.items():
+        seen = {int(values["class"]) for values in patients.values() if "class" in values}
+        lacks = [label for number, label in enumerate(labels) if number not in seen]
+        if seen and lacks:
+            notes.append(f"{site}: no patient is of class {', '.join(lacks)}; its scores there are of the others")
+    return notes
+
+
+def _add_answer(said: Said, seed: int, model: str, site: str, values: Mapping[str, Any]) -> None:
+    """What our model said of a patient, where it is not a mask."""
+    answer = tuple(v for name, v in values.items() if name == "predicted" or name.startswith("probability_"))
+    if answer and model == OURS:
+        said.setdefault((site, seed), []).append(answer)
+
+
+def _alike_notes(said: Said) -> list[str]:
+    """Hospitals at which our model says the same of every patient."""
+    alike = dict.fromkeys(site for (site, _), answers in said.items() if len(answers) > 1 and len(set(answers)) == 1)
+    return [f"{TITLES[OURS]} at {site}: the same prediction for every patient; it ranks nobody" for site in alike]
 
 
 def _add(scores: Scores, seed: int, model: str, site: str, patient: str, values: Mapping[str, float | None]) -> None:

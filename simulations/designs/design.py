@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...privacy.errors import FedNeuroError, StateError
+from ...privacy.folders import require_folder
 from ...privacy.study import Study
 from ...server.statistics.evidence import build_evidence
 from ..comparators import Comparators
@@ -63,6 +64,7 @@ def prepare(design: Design, study: Study, sites: Path, out: Path, options: Optio
         StateError: ``out`` holds another design, or something else.
         DataError, StudyError: the sites or the study do not suit the design.
     """
+    require_folder(out)
     found = find_sites(sites)
     root = out / "comparators" if design == "run" else out
     asked = _asked(design, study, found, options)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ...models.metrics import higher_is_better
 from ...privacy.errors import EnvironmentProblem, StateError, StudyError
+from ...privacy.folders import require_folder
 from ...privacy.study import Study
 from ...privacy.study_file import load_study
 from ..sites import find_sites
@@ -181,6 +182,7 @@ def _open(out: Path, asked: dict[str, Any], base: Study, overwrite: bool) -> dic
             what = f"holds another search ({changed} differ)"
             raise StateError(f"{out}: {what}; give another --out, or start anew with --overwrite")
         return old
+    require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     _write(path, fresh)
     return fresh
