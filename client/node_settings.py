@@ -69,14 +69,17 @@ from .toml_file import parse_toml, validate
 
 __all__ = ["NodeSettings", "load_node_settings"]
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+NAME_WORDS = "1 to 64 letters (a to z, A to Z), digits and _ . -, a letter or digit first"
+ADDRESS = r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits in small letters")]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class SitePart(_Part):
     """The data set and what is granted for it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    name: str = Field(pattern=NAME, description=NAME_WORDS)
     role: Role = Field(strict=False)
     public_size: int = Field(ge=1, le=10_000_000)
     data: Text
@@ -104,7 +107,9 @@ class StudyPart(_Part):
 class BudgetPart(_Part):
     """What the data set may ever give away, whatever is approved."""
 
-    dataset: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    dataset: str = Field(
+        default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="up to 64 of a to z, A to Z, 0 to 9, _ . -"
+    )
     epsilon: Annotated[float, Field(gt=0, le=10_000)] | Literal["unlimited"] = 10.0
     delta: float = Field(default=0.0, ge=0, lt=1)
     min_patients: int = Field(default=5, ge=1, le=10_000)
@@ -113,14 +118,14 @@ class BudgetPart(_Part):
 class PeerPart(_Part):
     """A hospital with which this one may add up in secret (mode "distributed")."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    name: str = Field(pattern=NAME, description=NAME_WORDS)
     key: Sha256
 
 
 class SuperLinkPart(_Part):
     """Where the coordinator is, and how each side knows the other."""
 
-    address: str = Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")
+    address: str = Field(pattern=ADDRESS, description="HOST:PORT, without https://")
     root_certificate: Text
     key: Text
     certificate: Text | None = None
@@ -138,7 +143,7 @@ class CoordinatorPart(_Part):
     """Written by ``fedneuro-node enrol``."""
 
     consortium: Annotated[str, Field(min_length=1, max_length=64)]
-    renewal: str = Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")
+    renewal: str = Field(pattern=ADDRESS, description="HOST:PORT, without https://")
     study_key: Sha256
 
 

@@ -28,11 +28,16 @@ Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 Task = Literal["segmentation", "classification", "regression", "survival"]
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Dataset = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits in small letters")]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits in small letters")]
+Dataset = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 of a to z, A to Z, 0 to 9, _ . -")
+]
 Mode = Annotated[str, Field(pattern=r"^[a-z]{1,32}$")]
-Clock = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$|^24:00$")]
+Clock = Annotated[
+    str,
+    Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$|^24:00$", description='a time such as "07:30", "00:00" to "24:00"'),
+]
 
 
 class Denied(Refused):

@@ -51,6 +51,7 @@ def init(
     from pydantic import ValidationError
 
     from ..privacy.identity import fingerprint
+    from ..privacy.settings_faults import explain
     from .consortium import ROOT_KEY, create_consortium
     from .consortium_settings import ServerSettings
 
@@ -64,9 +65,7 @@ def init(
     try:
         settings = ServerSettings.model_validate(values)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise BadInput(f"{where} = {str(fault['input'])[:80]!r}: {fault['msg']}") from error
+        raise BadInput(explain(error, ServerSettings)) from error
     consortium = create_consortium(
         out, settings, _root_passphrase(root_passphrase_file), _passphrase(passphrase_file, passphrase_fd)
     )

@@ -38,7 +38,6 @@
 There is no key that turns TLS, node authentication or process isolation off.
 """
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -46,13 +45,20 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..privacy.errors import BadInput
+from ..privacy.settings_faults import explain
 
 __all__ = ["Resume", "ServerSettings", "load_server_settings", "settings_text"]
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Resume = Literal["free", "all", "none"]
 """Which interrupted runs go on by themselves; free: those that cost no patient anything."""
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")]
+Host = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$",
+        description="a host name or an IPv4 address, without https:// and without a port",
+    ),
+]
 
 
 class _Part(BaseModel):
@@ -62,14 +68,20 @@ class _Part(BaseModel):
 class ConsortiumPart(_Part):
     """Who this is."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")]
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$",
+            description="1 to 64 letters (a to z, A to Z), digits, blanks and _ . -, a letter or digit first",
+        ),
+    ]
 
 
 class ServerPart(_Part):
     """Where hospitals reach it."""
 
     host: Host
-    listen: Annotated[str, Field(pattern=r"^[0-9.]{7,15}$")] = "0.0.0.0"  # noqa: S104 - the outer, guarded ports
+    listen: Annotated[str, Field(pattern=r"^[0-9.]{7,15}$", description="an IPv4 address")] = "0.0.0.0"  # noqa: S104 - the outer, guarded ports
 
 
 class PortsPart(_Part):
@@ -169,7 +181,7 @@ def load_server_settings(path: Path) -> ServerSettings:
     try:
         return ServerSettings.model_validate(values)
     except ValidationError as error:
-        raise BadInput(f"{path}: {_explain(error)}") from error
+        raise BadInput(f"{path}: {explain(error, ServerSettings)}") from error
 
 
 def settings_text(settings: ServerSettings) -> str:
@@ -184,20 +196,3 @@ def _toml(value: str | int) -> str:
     if isinstance(value, int):
         return str(value)
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _explain(error: ValidationError) -> str:
-    """One fault as one line. A misspelt key says more than a missing one."""
-    fault = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        section, _, key = where.rpartition(".")
-        model = ServerSettings.model_fields[section].annotation if section else ServerSettings
-        known = sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-        near = difflib.get_close_matches(key, known, 1)
-        return f"{where} is not a known key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
-    if fault["type"] == "missing":
-        return f"{where} is missing; add it"
-    if isinstance(fault["input"], dict):  # a rule of several keys; the values say no more, and may be secret
-        return f"{f'[{where}]: ' if where else ''}{fault['msg'].removeprefix('Value error, ')}"
-    return f"{where} = {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
