@@ -56,12 +56,7 @@ from .strategies import Strategy, build_strategy
 from .strategies.pooled import PooledStep
 from .uplink import Uplink
 
-__all__ = ["Coordinator", "estimate_json", "initial_arrays", "run_study"]
-
-
-def estimate_json(estimate: Estimate) -> dict[str, object]:
-    """An estimate as it stands in ``results.json``."""
-    return {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "n": estimate.n}
+__all__ = ["Coordinator", "initial_arrays", "run_study"]
 
 
 def run_study(
@@ -305,7 +300,7 @@ class Coordinator:
         ):  # fmt: skip
             for reply in self._ask("evaluate", turn, number, model, final=final):
                 if isinstance(reply, EvaluateReply):
-                    found[reply.site] = {n: estimate_json(e) for n, e in reply.metrics.items()}
+                    found[reply.site] = {n: _as_saved(e) for n, e in reply.metrics.items()}
                     refusals.pop(reply.site, None)
                 elif isinstance(reply, Refusal):
                     refusals[reply.site] = reply.reason
@@ -398,3 +393,8 @@ class Coordinator:
         """Remember a site's latest receipt, to show it with the next request."""
         if receipt and (site not in self._receipts or receipt[0] > self._receipts[site].count):
             self._receipts[site] = Receipt(count=receipt[0], head=receipt[1])
+
+
+def _as_saved(estimate: Estimate) -> dict[str, object]:
+    """An estimate of a site as it stands in ``results.json``."""
+    return {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "n": estimate.n}
