@@ -8,7 +8,7 @@ hospital that has no node yet: plain numbers only, unsigned, and the coordinator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..privacy.errors import BadInput
+from ..privacy.errors import BadInput, FedNeuroError
 
 if TYPE_CHECKING:
     from ..privacy.study import Study
@@ -83,7 +83,7 @@ def make_release(
     from ..privacy.seals import as_text
     from .data.noised import release_noised
     from .data.statistics import release
-    from .data.telling import content_of, note_told, require_permission, sealed
+    from .data.telling import content_of, note_refusal, note_told, require_permission, sealed
 
     if settings is None:
         told = release(found, name, study, threshold)
@@ -92,7 +92,11 @@ def make_release(
         ]
     if study is None or study.privacy.mode == "none":
         require_permission(settings, study, threshold=threshold, signature=signature)
-        told = release(found, settings.name, study, max(threshold, settings.min_patients))
+        try:
+            told = release(found, settings.name, study, max(threshold, settings.min_patients))
+        except FedNeuroError as error:
+            note_refusal(settings, study, error)
+            raise
         text = sealed(told, settings)
         note_told(told, settings)
         return text, [f"signed by the node of {settings.name}; in the audit log"]

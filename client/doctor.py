@@ -22,6 +22,8 @@ __all__ = ["Finding", "Verdict", "examine", "fail", "passed", "warn"]
 Verdict = Literal["pass", "warn", "fail"]
 MIN_DISK_GIB, MIN_MEMORY_GIB = 5.0, 8.0
 GIB = 2**30
+DOORS = ("/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock")
+"""Who may write there has the machine, also from within the walls around training: files stay files there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,9 @@ def _code(settings: NodeSettings) -> Iterator[Finding]:
 def _user(_: NodeSettings) -> Iterator[Finding]:
     if os.geteuid() == 0:
         yield warn("user", "root", "run the node as a user of its own: fedneuro-node unit systemd")
+    elif doors := [path for path in DOORS if os.access(path, os.W_OK)]:
+        seen = f"uid {os.geteuid()}, who may use {doors[0]}"
+        yield warn("user", seen, "take the node's user out of that group: whoever takes training over has the machine")
     else:
         yield passed("user", f"uid {os.geteuid()}")
 

@@ -5,7 +5,6 @@ They do not leave as such: :mod:`.metric_release` decides what does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from ..models import metrics as m
 from ..models.spec import OUTCOMES
 from ..privacy.contract import Estimate
+from ..privacy.errors import ContractViolation, Reason
 from ..privacy.released import FAILURES, THRESHOLD, bin_name, uses_threshold
 from ..privacy.study import Study
 from .evaluation_patients import PatientResult
@@ -79,7 +79,11 @@ def strata_estimates(
 
 
 def _mean(study: Study, name: str, values: Sequence[float]) -> Estimate | None:
-    """A mean over patients with its interval; of one patient alone, a distance and the like has one of no width."""
+    """A mean over patients with its interval; of one patient alone, a distance and the like has one of no width.
+
+    Raises:
+        ContractViolation: a patient's value is no finite number; left out, it would make the mean look better.
+    """
     if not values:
         return None
     evaluation, bounds = study.evaluation, (0.0, 1.0) if name == FAILURES else m.bounds_of(name)
@@ -87,6 +91,8 @@ def _mean(study: Study, name: str, values: Sequence[float]) -> Estimate | None:
     found = m.mean_interval(
         [values], seed=study.study.seed, resamples=evaluation.bootstrap, method=method, bounds=bounds, fewest=1
     )
+    if found.failed:
+        raise ContractViolation(f"{name} of {found.failed} patients is no finite number", reason=Reason.NON_FINITE)
     low, high = (found.mean if end is None else end for end in (found.low, found.high))
     return Estimate(mean=found.mean, low=low, high=high, n=len(values))
 
@@ -128,8 +134,7 @@ def _statistic(study: Study, name: str, results: Sequence[PatientResult], thresh
         return None
     p, t = _arrays(results)
     if (counted := _share(name, p, t, threshold)) is not None and statistics[name](p, t) is not None:
-        share = _mean(study, "accuracy", counted)
-        return None if share is None else replace(share, n=len(t))
+        return _mean(study, "accuracy", counted)
     interval = m.bootstrap(
         lambda rows: statistics[name](p[rows], t[rows]),
         len(t),
@@ -145,7 +150,10 @@ def _statistic(study: Study, name: str, results: Sequence[PatientResult], thresh
 
 
 def _share(name: str, p: NDArray[np.float64], t: NDArray[np.int64], threshold: float) -> list[float] | None:
-    """The patients of whom a metric is the share that is right, as 0 and 1; None: it is no such share."""
+    """The patients of whom a metric is the share that is right, as 0 and 1; None: it is no such share.
+
+    Of ``sensitivity`` these are the patients of the second class alone: so many, and no more, does it speak of.
+    """
     right = (p[:, 1] >= threshold) == (t == 1) if p.shape[1] == 2 else None
     if name == "accuracy":
         return [float(found) for found in p.argmax(1) == t]

@@ -260,13 +260,31 @@ class Gatekeeper:
         kind = kind.rpartition(".")[2]
         shown = kind if kind in get_args(Kind) else "unknown"
         with suppress(OSError, FedNeuroError):
-            self._flooded = False
-            with suppress(Denied):
-                if policy := self._policy():
-                    self._not_too_often(policy)
+            self._count()
             common = {"message": shown, "reason": reason.value}
             self._append("in", **common, decision="refused", rule="contract")
             self._append("out", **common, answer="Refusal")
+
+    def turn_away_part(self, request: Request, reason: Reason) -> None:
+        """Write down a request that builds on a model that is not here, so that no gate could judge it.
+
+        Args:
+            request: as it came, with what it holds of its arrays.
+            reason: the code that leaves.
+        """
+        if not self._guarded:
+            return
+        with suppress(OSError, FedNeuroError):
+            self._count()
+            self._note_in(request, "", decision="refused", rule="contract", reason=reason.value)
+            self._append("out", **self._about(request), answer="Refusal", reason=reason.value)
+
+    def _count(self) -> None:
+        """A message that goes no further is one of the hour's, too; in a flood its entries are not flushed."""
+        self._flooded = False
+        with suppress(Denied):
+            if policy := self._policy():
+                self._not_too_often(policy)
 
     def close(self) -> None:
         """Sign the audit log; the node stops."""

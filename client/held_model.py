@@ -4,7 +4,8 @@
 A request that builds on it names the digest of the *whole* that it means (``Request.held``). The whole is put together
 here, before any gate, and is taken only if it has that digest: what the gates check, the audit log notes and training
 starts from is the same as if everything had travelled. Where this site has another model or none (it was restarted),
-it answers with ``model-not-held``, and the coordinator sends everything. Kept in memory alone, one model.
+it answers with ``model-not-held``, which is in the audit log and counts as a message like any other, and the
+coordinator sends everything. Kept in memory alone, one model.
 """
 
 from dataclasses import replace

@@ -4,7 +4,8 @@
 ``privacy.metrics`` of the study:
 
     suppress   exact means with their bootstrap intervals, unless fewer patients than the larger of the study's and
-               the hospital's minimum were evaluated. They are not differentially private, and every report says so.
+               the hospital's minimum were evaluated (of a sensitivity or specificity: fewer of its class). They are not
+               differentially private, and every report says so.
     noise      each mean with Gaussian noise, reserved in the ledger first. Released for every cohort whose *public*
                size meets the minimum: whether something is released must not depend on the true count.
 

@@ -3,6 +3,7 @@
 
 node.lock, runner.lock   held with flock(2) by the process that lives; the kernel lets go when it dies
 node.json, runner.json   what each process says about itself; replaced whole
+lease.json, lease.lock   the SuperNode's note for the one that is started after it died (:mod:`.lease`)
 pause                    the node is paused while it is there, also over a restart
 scratch                  the only temporary folder of the process that trains
 """

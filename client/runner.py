@@ -38,6 +38,7 @@ from .app import answer, masked
 from .integrity import require_integrity
 from .manners import Manners
 from .message_bounds import bound_unfolding, largest_message
+from .network_layout import count_with
 from .node_settings import NodeSettings
 from .run_folder import RunFolder
 from .sandboxed_site import SandboxedSite
@@ -187,6 +188,7 @@ def serve(settings: NodeSettings) -> None:
         ours=lambda: {os.getpid(), *filter(None, [child.pid])},
     )
     child = TrainingChild(site_settings, _caps(settings), folder.scratch, manners.hold, publish)
+    count_with(child.count)
     runner = Runner(settings, SandboxedSite(child), manners.hold, note)
     signal.signal(signal.SIGUSR1, lambda *_: setattr(runner, "draining", True))
     _log.info("site %s serves bundle %s", settings.site.name, settings.runner.bundle[:12])
@@ -201,6 +203,7 @@ def serve(settings: NodeSettings) -> None:
     except KeyboardInterrupt:
         _log.info("stopped")
     finally:
+        count_with()
         runner.close()
         lock.release()
 

@@ -5,7 +5,8 @@ What reads the coordinator's numbers (torch, MONAI, CUDA) runs in a child of the
 of them it enters, by system calls alone (no helper program, no root):
 
     1. a network namespace of its own, without any interface that is up: nothing can leave, not even to 127.0.0.1
-    2. a mount namespace in which everything is read-only but ``writable`` (state and cache): the data set too
+    2. a mount namespace in which everything is read-only but ``writable`` (state and cache): the data set too; and in
+       which the machine's services are gone from /run (docker, D-Bus, login sessions): a socket there is no network
     3. no capability that could undo 1 and 2, and ``no_new_privs``
     4. the kernel kills it when the runner dies, and chooses it first when memory runs out
 
@@ -36,6 +37,9 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE =
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAP_VERSION_3 = 0x20080522
+_SERVICES = Path("/run")
+_USED = ("media", "mount", "nvidia")
+"""What stays of it, by how the name begins: disks, and the GPU's driver."""
 _KEPT_BY_ROOT = 0b1111
 """CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER: root reads the data set of another user without them not."""
 
@@ -62,15 +66,23 @@ class Walls:
         return self.network and self.files
 
 
-def enter(writable: Sequence[Path], *, isolate: bool = True) -> Walls:
+def enter(
+    writable: Sequence[Path], *, readable: Sequence[Path] = (), kept: Sequence[Path] = (), isolate: bool = True
+) -> Walls:
     """Put up the walls around this process, for good. Call it before a second thread exists.
 
     Args:
         writable: existing folders that stay writable.
+        readable: what must stay visible, were it in /run.
+        kept: files within ``writable`` that are read-only all the same, where they exist.
         isolate: False leaves out steps 1 and 2 (``[sandbox] isolation = "off"``).
     """
     parent = os.getppid()
-    walls = _namespaces(writable) if isolate else Walls(network=False, files=False, why="switched off in node.toml")
+    walls = (
+        _namespaces(writable, readable, kept)
+        if isolate
+        else Walls(network=False, files=False, why="switched off in node.toml")
+    )
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _drop_capabilities()
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -97,7 +109,7 @@ def probe(writable: Path, data: Path, seconds: float = 30.0) -> Walls:
         return Walls(network=False, files=False, why=f"the trial process failed: {error}")
 
 
-def _namespaces(writable: Sequence[Path]) -> Walls:
+def _namespaces(writable: Sequence[Path], readable: Sequence[Path], kept: Sequence[Path]) -> Walls:
     """Steps 1 and 2."""
     if sys.platform != "linux":
         return Walls(network=False, files=False, why="needs Linux")
@@ -113,10 +125,11 @@ def _namespaces(writable: Sequence[Path]) -> Walls:
         return Walls(network=False, files=False, why=f"the kernel forbids namespaces ({error.strerror})")
     network = [name for _, name in socket.if_nameindex()] == ["lo"]
     try:
-        _make_read_only(writable)
+        _make_read_only(writable, kept)
+        _hide_services([path.resolve() for path in (*writable, *readable, cwd)])
         os.chdir(cwd)  # the old one leads through the old mount
     except OSError as error:
-        return Walls(network=network, files=False, why=f"the kernel forbids read-only mounts ({error.strerror})")
+        return Walls(network=network, files=False, why=f"the kernel forbids mounts ({error.strerror})")
     return Walls(network=network, files=True, why="" if network else "the network namespace is not empty")
 
 
@@ -127,7 +140,7 @@ def _map_user(uid: int, gid: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="ascii")
 
 
-def _make_read_only(writable: Sequence[Path]) -> None:
+def _make_read_only(writable: Sequence[Path], kept: Sequence[Path]) -> None:
     _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     paths = [os.fsencode(path.resolve()) for path in writable]
     for path in paths:
@@ -135,9 +148,37 @@ def _make_read_only(writable: Sequence[Path]) -> None:
     with suppress(OSError):  # a shared memory of its own; the machine's becomes read-only below
         _mount(b"tmpfs", b"/dev/shm", b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=1777")
         paths.append(b"/dev/shm")
+    for path in kept:
+        if path.exists():  # a mount of its own, which stays read-only below
+            name = os.fsencode(path.resolve())
+            _mount(name, name, None, _MS_BIND, None)
     _mount_attributes(b"/", _AT_RECURSIVE, add=_MS_RDONLY)
     for path in paths:
         _mount_attributes(path, 0, remove=_MS_RDONLY)
+
+
+def _hide_services(needed: Sequence[Path]) -> None:
+    """Cover every folder and socket of /run with nothing, but those on the way to ``needed`` and the :data:`_USED`.
+
+    Raises:
+        OSError: one that this process may use cannot be covered.
+    """
+    if not _SERVICES.is_dir():
+        return
+    for entry in sorted(_SERVICES.resolve().iterdir()):
+        if entry.name.startswith(_USED) or any(entry in (path, *path.parents) for path in needed):
+            continue
+        name, is_folder = os.fsencode(entry), entry.is_dir()
+        if entry.is_symlink() or not (is_folder or entry.is_socket()):
+            continue
+        try:
+            if is_folder:
+                _mount(b"tmpfs", name, b"tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, b"size=4k")
+            else:
+                _mount(b"/dev/null", name, None, _MS_BIND, None)
+        except OSError:
+            if os.access(entry, os.X_OK if is_folder else os.W_OK):
+                raise
 
 
 def _mount(source: bytes, target: bytes, kind: bytes | None, flags: int, data: bytes | None) -> None:

@@ -3,8 +3,8 @@
 
 What comes in and what goes out passes the gates, the policy and the audit log *here*, where no scan is read and nothing
 is computed (a process of its own counts the weights of a study's network, :mod:`.network_layout`); only what lies
-between them is done over there. So a child that was taken over through a hole in what reads arrays or scans can reach
-nobody, and what it answers is still checked against the contract.
+between them is done over there. So a child that was taken over through a hole in what reads arrays or scans has no
+network, and what it answers is still checked against the contract. (What is left to it: docs/threats.md.)
 """
 
 from ..privacy.contract import Refusal, Request

@@ -45,6 +45,7 @@ class Site:
         try:
             request = self._held.complete(request)
         except ContractViolation as error:  # no fault: the coordinator sends everything then
+            self._keeper.turn_away_part(request, error.reason)
             return Refusal(site=self.settings.name, kind=request.kind, round=request.round, reason=error.reason)
         try:
             self.settings = self._keeper.enter(request)

@@ -15,6 +15,7 @@ Address-space limits would be simpler, but CUDA maps far more addresses than it 
 
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -32,6 +33,8 @@ from ..privacy.contract import Reply, Request
 from ..privacy.errors import EnvironmentProblem, FedNeuroError, Reason, Refused
 from ..privacy.wire import decode_reply, encode_request
 from ..privacy.wire_bytes import read_frame, write_frame
+from .audit_chain import head_path
+from .network_layout import COUNT_SECONDS, Layout
 from .sandbox import Walls
 from .settings import SiteSettings, settings_text
 
@@ -122,6 +125,8 @@ class TrainingChild:
         start = {
             "writable": [str(path.resolve()) for path in writable],
             "scratch": str(self._scratch.resolve()),
+            "readable": [str(self.settings.data.resolve())],
+            "kept": [str(path) for path in (self.settings.audit, head_path(self.settings.audit))],  # the runner's alone
             "isolate": self._caps.isolate,
         }
         try:
@@ -167,6 +172,26 @@ class TrainingChild:
             raise ChildFault("the process that trains answered without a reply", Reason.INTERNAL, 1)
         return decode_reply(records)
 
+    def count(self, section: str, in_channels: int, channels: int) -> Layout | None:
+        """The arrays of a study's network, for the gate: from a child that lives and was asked for nothing else yet.
+
+        Args, Returns: see :func:`~.network_layout.network_layout`; None where there is no such child, or it fails.
+        """
+        if self._study or self.pid is None:
+            return None
+        head = {"count": [section, in_channels, channels]}
+        try:
+            answer, _ = self._exchange(lambda sink: write_frame(sink, head), COUNT_SECONDS)
+            return tuple((str(name), int(numbers), int(size)) for name, numbers, size in answer["layout"])
+        except KeyError:  # it cannot; another process will say why
+            return None
+        except (OSError, EOFError, ValueError, TypeError, FedNeuroError):
+            self.close()
+            return None
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """End the child."""
         process, self._process = self._process, None
@@ -189,12 +214,12 @@ class TrainingChild:
             raise EOFError("there is no child")
         return process.stdout, process.stdin  # type: ignore[return-value]
 
-    def _exchange(self, write: Callable[[BinaryIO], None]) -> tuple[dict[str, Any], Any]:
+    def _exchange(self, write: Callable[[BinaryIO], None], most: float = math.inf) -> tuple[dict[str, Any], Any]:
         """Write, watch until an answer begins, read it. A killed child ends a blocking read or write with an error."""
         source, sink = self._pipes()
         done = threading.Event()
         verdict: list[ChildFault] = []
-        watch = threading.Thread(target=self._watch, args=(done, verdict), daemon=True)
+        watch = threading.Thread(target=self._watch, args=(done, verdict, most), daemon=True)
         watch.start()
         try:
             write(sink)
@@ -210,12 +235,12 @@ class TrainingChild:
             done.set()
             watch.join()
 
-    def _watch(self, done: threading.Event, verdict: list[ChildFault]) -> None:
+    def _watch(self, done: threading.Event, verdict: list[ChildFault], most: float = math.inf) -> None:
         """Look after the child until ``done``: hold it, or kill it for what it takes."""
         process = self._process
         if process is None:
             return
-        worked, last = 0.0, time.monotonic()
+        worked, last, seconds = 0.0, time.monotonic(), min(most, self._caps.seconds)
         while not done.wait(LOOK_SECONDS):
             now = time.monotonic()
             worked, last = worked + (0.0 if self.held else now - last), now
@@ -225,15 +250,17 @@ class TrainingChild:
                 allowed = self._caps.memory / 2**30
                 text = f"training took {memory / 2**30:.1f} GiB; [sandbox] memory_gib allows {allowed:.1f}"
                 verdict.append(ChildFault(f"{text}; use a smaller patch or batch", Reason.OUT_OF_MEMORY))
-            elif worked > self._caps.seconds:
-                text = f"training took over {self._caps.seconds / 3600:.2f} h; [sandbox] request_hours allows no more"
+            elif worked > seconds:
+                text = f"training took over {seconds / 3600:.2f} h; [sandbox] request_hours allows no more"
                 verdict.append(ChildFault(text, Reason.OVER_TIME))
             if verdict:
                 self.crashes += 1
                 process.kill()
                 return
-        if self.held:
+        if self.held:  # it answered just before it was stopped
             self._continue(process.pid)
+            self.held = ""
+            self._changed()
 
     def _obey(self, pid: int) -> None:
         why = self._hold()

@@ -32,7 +32,8 @@ def main() -> None:
     os.environ["TMPDIR"] = start["scratch"]
     os.environ["CUDA_CACHE_PATH"] = str(Path(start["scratch"]) / "cuda")
     os.environ["MPLCONFIGDIR"] = str(Path(start["scratch"]) / "matplotlib")  # MONAI imports it
-    walls = enter(writable, isolate=start["isolate"])
+    readable, kept = ([Path(path) for path in start[key]] for key in ("readable", "kept"))
+    walls = enter(writable, readable=readable, kept=kept, isolate=start["isolate"])
     sink.write(json.dumps({"network": walls.network, "files": walls.files, "why": walls.why}).encode() + b"\n")
     sink.flush()
     _serve(source, sink)
@@ -51,6 +52,9 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
             head, content = read_frame(source)
         except EOFError:
             os._exit(0)  # tearing torch down takes seconds, and nothing is left to do
+        if "count" in head:
+            write_frame(sink, _counted(*head["count"]))
+            continue
         settings = read_settings(head["settings"])
         site = site or Site(settings)
         site.settings = settings
@@ -61,6 +65,16 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         except Exception as error:
             answer, records = _fault(site, error), None
         write_frame(sink, answer, records)
+
+
+def _counted(section: str, in_channels: int, channels: int) -> dict[str, Any]:
+    """The arrays of a study's network, for the gate, which does not load PyTorch."""
+    from .network_layout import count
+
+    try:
+        return {"ok": True, "layout": count(section, in_channels, channels)}
+    except Exception:
+        return {"ok": False}  # another process will say why
 
 
 def _fault(site: "Site", error: Exception) -> dict[str, Any]:

@@ -29,7 +29,7 @@ Type=exec
 User={user}
 ExecStart={program} start --config {config}
 Restart=always
-RestartSec=5
+RestartSec=2
 # SIGTERM abandons the round and tells the coordinator; "fedneuro-node stop" before it finishes the round.
 KillMode=mixed
 TimeoutStopSec=30

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two charts as inline SVG: lines over rounds, and a dot with its interval per hospital.
 
-A page with these needs no script, no font and no file beside it. Colours are told apart by colour-blind
-readers and by their darkness in print; every series also has its name at its end. Text from results is escaped
-here, because a template passes SVG on as it is.
+A page with these needs no script, no font and no file beside it. In print without colours, lines are told apart by
+their dashes, and by their names: a thin line leads from each line's end to its name where that had to make room. Text
+from results is escaped here, because a template passes SVG on as it is.
 """
 
 import math
@@ -13,12 +13,13 @@ from typing import Final, Literal
 
 from markupsafe import Markup
 
-__all__ = ["STRONG_COLOURS", "WEAK_COLOURS", "DotRow", "Mark", "Series", "Shape", "dot_plot", "line_chart"]
+__all__ = ["DASHES", "STRONG_COLOURS", "WEAK_COLOURS", "DotRow", "Mark", "Series", "Shape", "dot_plot", "line_chart"]
 
 Shape = Literal["dot", "diamond", "square", "triangle", "down", "tall", "flat"]
 
 WEAK_COLOURS: Final = ("#1f5fa8", "#0b7a62", "#7a4fa3", "#806200", "#3a8fbf", "#5b6675")
 STRONG_COLOURS: Final = ("#c8440b", "#a81c62", "#7d2a00")
+DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")
 
 WIDTH: Final = 480
 """Units of the view box. Charts scale with the page; at this width text stays readable on a phone."""
@@ -111,13 +112,13 @@ def line_chart(
         y = y_axis(rule[0])
         parts.append(Markup('<line class="marker" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, right, y, y))
         parts.append(_text(LEFT + 4, y + 12, rule[1], "start", "note"))
-    ends: list[tuple[float, Series]] = []
+    ends: list[tuple[float, float, Series]] = []
     for line in sorted(series, key=lambda one: one.strong):
         if not line.points:
             continue
         parts += _line(line, x_axis, y_axis)
         if line.labelled:
-            ends.append((y_axis(line.points[-1][1]), line))
+            ends.append((y_axis(line.points[-1][1]), x_axis(line.points[-1][0]), line))
     parts += _end_labels(ends)
     return _svg(parts, LINE_HEIGHT, label)
 
@@ -234,10 +235,10 @@ def _points(pairs: Sequence[tuple[float, float]], x_axis: _Scale, y_axis: _Scale
     return " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in pairs)
 
 
-def _end_labels(ends: list[tuple[float, Series]]) -> list[Markup]:
-    """Names at the right end of the lines, pushed apart so that none covers another."""
+def _end_labels(ends: list[tuple[float, float, Series]]) -> list[Markup]:
+    """Names right of the lines' ends, pushed apart so that none covers another; a thin line leads to each."""
     ends.sort(key=lambda end: end[0])
-    places = [y for y, _ in ends]
+    places = [y for y, _, _ in ends]
     for k in range(1, len(places)):
         places[k] = max(places[k], places[k - 1] + LABEL_STEP)
     over = places[-1] - (LINE_HEIGHT - BOTTOM) if places else 0.0
@@ -245,10 +246,16 @@ def _end_labels(ends: list[tuple[float, Series]]) -> list[Markup]:
         places = [y - over for y in places]
         for k in range(len(places) - 1, 0, -1):
             places[k - 1] = min(places[k - 1], places[k] - LABEL_STEP)
-    return [
-        _text(WIDTH - RIGHT + 8, place + 4, line.name, "start", "strong" if line.strong else "", line.colour)
-        for place, (_, line) in zip(places, ends, strict=True)
-    ]
+    parts: list[Markup] = []
+    for place, (y, x, line) in zip(places, ends, strict=True):
+        parts.append(
+            Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{}" y2="{:.1f}" stroke="{}" stroke-width=".7"/>').format(
+                x, y, WIDTH - RIGHT + 7, place, line.colour
+            )
+        )
+        kind = "strong" if line.strong else ""
+        parts.append(_text(WIDTH - RIGHT + 9, place + 4, line.name, "start", kind, line.colour))
+    return parts
 
 
 def _mark(mark: Mark, x_axis: _Scale, y: float, colour: str) -> list[Markup]:

@@ -22,6 +22,7 @@ import httpx
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from ..privacy.contract import Arrays, HelloReply, Refusal, Reply, Request
 from ..privacy.errors import ContractViolation, EnvironmentProblem, Reason
@@ -38,6 +39,8 @@ SMALL_AT_ONCE = 16
 """Replies of small models that one look may fetch."""
 TTL_MARGIN = 60.0
 """Seconds that a message lives longer than we wait for its reply."""
+PUSHES = 3
+"""How often a message is sent of which a part is refused."""
 
 _LOST = frozenset(
     {
@@ -88,6 +91,7 @@ class FlowerTransport:
         self._nodes = nodes
         self._check = check
         self._cut = cut
+        self._largest = 0
 
     def sites(self) -> list[str]:
         """Names of the nodes that are online, sorted; none while the SuperLink cannot be reached."""
@@ -105,7 +109,7 @@ class FlowerTransport:
             pending, unsent = self._send(requests, timeout)
             for site in unsent:
                 yield _refusal(site, requests[site], Reason.LOST)
-            queue, pace, at_once = deque(pending), Pace(shortest=0.05, longest=0.25), _at_once(requests)
+            queue, pace, at_once = deque(pending), Pace(shortest=0.05, longest=0.25), self._at_once(requests)
             while queue and time.monotonic() < min(deadline, self._cut()):
                 self._check()
                 asked = time.monotonic()
@@ -150,17 +154,36 @@ class FlowerTransport:
                 )
             )
         pending: dict[str, str] = {}
-        for site, message_id in zip(asked, self._grid.push_messages(messages) if messages else (), strict=True):
+        for site, message_id in zip(asked, self._push(messages), strict=True):
             if message_id:
                 pending[message_id] = site
             else:
                 unsent.append(site)
         return pending, unsent
 
+    def _push(self, messages: list[Message]) -> list[str]:
+        """Flower's id of each message, or nothing.
 
-def _at_once(requests: Mapping[str, Request]) -> int:
-    sizes = (sum(array.nbytes for array in request.arrays.values()) for request in requests.values() if request.arrays)
-    return SMALL_AT_ONCE if max(sizes, default=0) <= MAX_SQUEEZED else 1
+        A part is refused that was sent again after the node had taken all of the message: then the whole is sent
+        again, which Flower takes for the same message.
+        """
+        for _ in range(PUSHES if messages else 0):
+            try:
+                return list(self._grid.push_messages(messages))
+            except ObjectPushError as error:
+                _log.warning("a part of a message was not taken: %s", error)
+        return [""] * len(messages)
+
+    def _at_once(self, requests: Mapping[str, Request]) -> int:
+        """Replies that one look may fetch.
+
+        By the largest model that ever travelled here: a site that holds it already is sent nothing
+        (:mod:`.downlink`), and answers with all of it.
+        """
+        models = {id(request.arrays): request.arrays for request in requests.values() if request.arrays}
+        sizes = (sum(array.nbytes for array in arrays.values()) for arrays in models.values())
+        self._largest = max(self._largest, *sizes, 0)
+        return SMALL_AT_ONCE if self._largest <= MAX_SQUEEZED else 1
 
 
 def _packed(arrays: Arrays | None, ready: dict[int, Packed]) -> Packed | None:

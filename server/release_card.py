@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ..privacy.study import Study
 from ..privacy.study_data import PreprocessingSection
+from .report_words import epsilon_text
 from .scores import price_per_unit
 
 __all__ = ["NOT_A_DEVICE", "TO_WRITE", "model_card", "privacy_words"]
@@ -32,7 +33,7 @@ _CLAIM: Final = (
     ("Preprocessing", "in the study, identical at every hospital (above)"),
     ("Model, initialisation, training", "in the study, every default filled in (manifest.json)"),
     ("Selection of the model", "by {select} on validation patients of training hospitals; held-out ones never choose"),
-    ("Uncertainty", "95 % intervals by bootstrap over patients, {bootstrap} resamples"),
+    ("Uncertainty", "95 % intervals {uncertainty}"),
     ("Failure analysis", ""),
     ("External validation beyond this study", ""),
     ("Funding and conflicts of interest", ""),
@@ -46,7 +47,7 @@ def privacy_words(privacy: Mapping[str, Any]) -> str:
             "No differential privacy: the model may have memorised patients. Share it as you would share patient data."
         )
     spent = privacy["epsilon"].values()
-    worst = f"ε = {max(spent):.2f}" if spent else "no ε was spent"
+    worst = f"ε = {epsilon_text(max(spent))}" if spent else "no ε was spent"
     return (
         f"Differential privacy, unit: the {privacy['unit']} (all scans of one patient); mode {privacy['mode']}; "
         f"largest {worst} at δ = {privacy['delta']:g}, all rounds and retries composed by {privacy['accountant']}."
@@ -175,7 +176,10 @@ def _limitations(results: Mapping[str, Any], study: Study) -> str:
 
 
 def _claim(study: Study) -> str:
-    values = {"select": study.select_metric, "bootstrap": study.evaluation.bootstrap}
+    noised = study.privacy.mode != "none" and study.privacy.metrics == "noise"
+    resampled = f"by bootstrap over patients, {study.evaluation.bootstrap} resamples"
+    uncertainty = "of the noise and of sampling patients, made of public numbers" if noised else resampled
+    values = {"select": study.select_metric, "uncertainty": uncertainty}
     return _table(("item", ""), [(item, text.format(**values) if text else TO_WRITE) for item, text in _CLAIM])
 
 

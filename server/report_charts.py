@@ -7,13 +7,12 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
-from .charts import STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, Shape, dot_plot, line_chart
+from .charts import DASHES, STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, Shape, dot_plot, line_chart
 from .report_start import start_of, start_title
 from .report_words import Json, curve_metric, is_unbounded, metric_name, number, unit_of, with_interval
 
 __all__ = ["AXES", "COMPARED", "along", "dot_shapes", "dots_chart", "metric_curve", "train_curve"]
 
-DASHES: Final = ("", "6 3", "2 3", "8 3 2 3")
 MOST_COLOURED: Final = len(WEAK_COLOURS)
 COMPARED: Final[tuple[tuple[Shape, str], ...]] = (
     ("square", "□"), ("triangle", "△"), ("down", "▽"), ("tall", "▯"), ("flat", "▭"),
@@ -130,6 +129,7 @@ def _look(name: str, group: Sequence[str], *, strong: bool) -> dict[str, Any]:
         return {
             "colour": STRONG_COLOURS[position % len(STRONG_COLOURS)],
             "strong": True,
+            "dash": DASHES[position % len(DASHES)],
             "labelled": position < MOST_COLOURED,
         }
     if len(group) > MOST_COLOURED:

@@ -171,6 +171,8 @@ def _metrics(results: Json) -> str:
 
 def _uncertainty(results: Json) -> str:
     if not results.get("evidence"):
+        if results.get("privacy", {}).get("metrics_epsilon"):
+            return "95 % intervals of the noise and of sampling patients, made of public numbers"
         return "95 % intervals over patients of each hospital, by Bayesian or BCa bootstrap (docs/evidence.md)"
     return (
         "95 % intervals, patients resampled within hospitals, of differences by BCa bootstrap; paired Wilcoxon "

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
-from .charts import STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, dot_plot, line_chart
+from .charts import DASHES, STRONG_COLOURS, WEAK_COLOURS, DotRow, Mark, Series, dot_plot, line_chart
 from .report import render, write_page
 from .report_charts import COMPARED, along
 from .report_checklists import checklists
@@ -154,7 +154,7 @@ def _meta(results: Json) -> list[tuple[str, str]]:
 
 
 def _unfinished(results: Json) -> str:
-    missing = [fold["name"] for fold in results["folds"] if fold["status"] != "complete"]
+    missing = [f"{fold['name']} ({fold['status']})" for fold in results["folds"] if fold["status"] != "complete"]
     return f"Not complete: {', '.join(missing)}." if missing else ""
 
 
@@ -232,7 +232,8 @@ def _curves(results: Json, metric: str) -> list[tuple[str, Markup | None]]:
                 points = [(places[k], value["mean"]) for k, value in values if value]
                 name = site if len(fold["heldout"]) == 1 else f"{site}, {fold['name']}"
                 colours = (*STRONG_COLOURS, *WEAK_COLOURS)
-                series.append(Series(name=name, points=points, colour=colours[position % len(colours)]))
+                colour, dash = colours[position % len(colours)], DASHES[position % len(DASHES)]
+                series.append(Series(name=name, points=points, colour=colour, dash=dash))
         if max((len(line.points) for line in series), default=0) < 2:
             return []
         y_range = None if is_unbounded(metric) else (0.0, 1.0)

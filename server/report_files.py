@@ -22,7 +22,7 @@ __all__ = ["markdown_report", "sites_csv", "table_csv", "write_text_report"]
 COLUMNS: Final[tuple[str, ...]] = (
     "metric", "model", "site", "mean", "low", "high", "n", "failed", "ours_on_shared", "difference", "difference_low",
     "difference_high", "test", "p", "p_holm", "tests", "p_bootstrap", "effect", "effect_low", "effect_high",
-    "p_not_worse", "margin", "note",
+    "p_not_worse", "p_not_worse_holm", "margin", "note",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def table_csv(evidence: Json) -> str:
 
 
 def _compared(row: Json, margin: float) -> dict[str, Any]:
-    difference, effect = row.get("difference") or {}, row.get("effect") or {}
+    difference, effect, equivalence = (row.get(key) or {} for key in ("difference", "effect", "equivalence"))
     low, high = difference.get("ci95") or ("", "")
     effect_low, effect_high = effect.get("ci95") or ("", "")
     return {
@@ -92,7 +92,8 @@ def _compared(row: Json, margin: float) -> dict[str, Any]:
         "test": "" if row["p"] is None else row.get("test", "Wilcoxon"),
         "p_holm": _or_empty(row["p_holm"]), "tests": row["tests"], "p_bootstrap": _or_empty(row.get("p_bootstrap")),
         "effect": _or_empty(effect.get("value")), "effect_low": effect_low, "effect_high": effect_high,
-        "p_not_worse": _or_empty((row.get("equivalence") or {}).get("p_not_worse")), "margin": margin,
+        "p_not_worse": _or_empty(equivalence.get("p_not_worse")),
+        "p_not_worse_holm": _or_empty(equivalence.get("p_not_worse_holm")), "margin": margin,
         "note": row.get("note", ""),
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .charts import STRONG_COLOURS, WEAK_COLOURS, Series, line_chart
+from .charts import DASHES, STRONG_COLOURS, WEAK_COLOURS, Series, line_chart
 from .report_words import Json, metric_keys, metric_name, with_interval
 
 __all__ = ["calibration", "failures", "groups"]
@@ -48,7 +48,7 @@ def calibration(results: Json, names: Sequence[str]) -> Markup | None:
         series.append(
             Series(
                 name=name, points=[(p["predicted"], p["observed"]["mean"]) for p in points], strong=strong,
-                colour=colours[position % len(colours)],
+                colour=colours[position % len(colours)], dash=DASHES[position % len(DASHES)],
             )
         )  # fmt: skip
     if not any(line.points for line in series):

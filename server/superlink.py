@@ -3,6 +3,7 @@
 
     looks          for messages and answers are held until there is one (:mod:`.held_looks`)
     deliveries     that did not reach their node are made again (:mod:`.second_delivery`)
+    answers        that were lost on the way can be asked for again (:mod:`.lost_answers`)
     requests       of nodes and runners pass through less (:mod:`fedneuro.privacy.light_layers`)
 
 What Flower checks of a request (versions, signatures, tokens, secrets) it checks as ever. Nothing is kept that Flower
@@ -22,6 +23,7 @@ from .held_looks import GRID_PULL, NODE_PULL, HeldLooks, News
 
 __all__ = [
     "SUPERLINK",
+    "answer_again",
     "do_less_around_requests",
     "hold_looks",
     "idle_layers",
@@ -136,6 +138,47 @@ def make_deliveries_again() -> None:
     handlers["pull_messages"], handlers["deactivate_node"] = pull_messages, deactivate_node
 
 
+def answer_again() -> None:
+    """Let the SuperLink of this process bear to be asked again; see :mod:`.lost_answers`."""
+    from flwr.proto.message_pb2 import PushObjectResponse
+    from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+    from flwr.server.superlink.linkstate import SqlLinkState, sql_linkstate
+    from flwr.superlink.servicer.fleet import fleet_handlers
+    from flwr.superlink.servicer.runtime import runtime_handlers
+
+    from .lost_answers import KeepsGiven, LostAnswers, is_here, present_or_answered
+
+    available = "check_node_availability_for_in_message"
+    setattr(sql_linkstate, available, present_or_answered(getattr(sql_linkstate, available)))
+    coordinators = runtime_handlers.__dict__
+    pull, confirm = coordinators["pull_messages"], coordinators["confirm_message_received"]
+
+    def pull_messages(request: Any, state: Any, task: Any) -> Any:
+        if not isinstance(state, SqlLinkState) or not request.message_ids:
+            return pull(request, state, task)
+        answers = LostAnswers(state)
+        if not (ready := answers.ready(request.message_ids)):
+            return PullAppMessagesResponse()
+        return pull(PullAppMessagesRequest(message_ids=ready), KeepsGiven(state, answers), task)
+
+    def confirm_message_received(request: Any, state: Any, task: Any) -> Any:
+        if isinstance(state, SqlLinkState):
+            LostAnswers(state).arrived(task.run_id, request.message_object_id)
+        return confirm(request, state, task)
+
+    coordinators["pull_messages"], coordinators["confirm_message_received"] = pull_messages, confirm_message_received
+    for handlers in (coordinators, fleet_handlers.__dict__):
+        push = handlers["push_object"]
+
+        def push_object(request: Any, state: Any, *task: Any, push: Callable[..., Any] = push) -> Any:
+            response = push(request, state, *task)
+            if response.stored or not is_here(state, request.object_id, request.object_content):
+                return response
+            return PushObjectResponse(stored=True)
+
+        handlers["push_object"] = push_object
+
+
 def idle_layers() -> dict[Any, tuple[str, ...]]:
     """Layers of the SuperLink's application, and the paths for whose requests they do nothing."""
     from flwr.supercore.routers.runtime.tracing import RuntimeTracingMiddleware
@@ -170,6 +213,7 @@ def main() -> None:
 
     do_less_around_requests()
     make_deliveries_again()
+    answer_again()
     hold_looks(News())
     sys.argv = ["flower-superlink", *sys.argv[1:]]
     flower_superlink()

@@ -142,17 +142,18 @@ def _simulate(simulation: "Simulation", resume: bool, overwrite: bool) -> None:
 
 def show(results: Mapping[str, Any], out: Path) -> None:
     """Print the result, held-out sites first."""
+    from ..server.scores import price
+
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    epsilons: Mapping[str, float] = results["privacy"]["epsilon"]
     title = f"round {results['selected_round']} of study {results['study_hash'][:12]}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     start = "before" if results["start"]["from"] else "untrained"
-    for column in ("site", "role", "metric", "mean [95 % interval]", "patients", start, "ε"):
+    for column in ("site", "role", "metric", "mean [95 % interval]", "patients", start, "privacy, per patient"):
         table.add_column(column, no_wrap=True)
     for name, site in sorted(results["sites"].items(), key=lambda item: (item[1]["role"] != "heldout", item[0])):
-        spent = epsilons.get(name, max(epsilons.values(), default=None))
+        paid = price(results["privacy"], name, heldout=site["role"] == "heldout")
         for metric, value in site["metrics"].items():
             low, high = value["ci95"]
             before = site["start"].get(metric)
@@ -163,7 +164,7 @@ def show(results: Mapping[str, Any], out: Path) -> None:
                 f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]",
                 str(value["n"]),
                 f"{before['mean']:.3f}" if before else "",
-                f"{spent:.2f}" if spent is not None else "no privacy",
+                paid,
             )
     console.print(table)
     if results["start"]["from"]:
@@ -309,7 +310,7 @@ def rounds(
 @bench.command()
 def dp(
     json_out: JsonOut = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed steps per arm.")] = 2,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed steps per arm.")] = 5,
     cuda: Annotated[bool, typer.Option("--cuda", help="On the GPU.")] = False,
 ) -> None:
     """A private training step beside a plain one and beside Opacus' three ways: time and memory."""

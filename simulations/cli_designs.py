@@ -109,7 +109,9 @@ def sweep(
         ),
     ] = None,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Draws of --random.")] = 10,
-    search: Annotated[str, typer.Option("--search", help="random, or optuna (pip install optuna).")] = "random",
+    search: Annotated[
+        str, typer.Option("--search", help="random, or optuna (pip install 'fedneuro[search]').")
+    ] = "random",
     overrides: Set = None,
     seeds: Seeds = 1,
     workers: Workers = 0,

@@ -33,6 +33,7 @@ FLOWER_EDGES = (
     "server/runner.py",
     "server/superlink.py",
     "server/held_looks.py",
+    "server/lost_answers.py",
     "server/second_delivery.py",
     "client/app.py",
     "client/runner.py",

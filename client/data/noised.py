@@ -157,7 +157,11 @@ def _charge(ledger: Ledger, settings: SiteSettings, study: Study, wanted: float)
 
 
 def _answer(path: Path, study: Study, settings: SiteSettings, *, again: bool) -> Answer:
-    told = Noised.model_validate_json(path.read_bytes())
+    try:
+        told = Noised.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        text = f"{path}: is not as it was written; put it back from a backup: the answer is paid for, and given once"
+        raise BadInput(text) from error
     events = [event_for(study, settings.public_size, told.epsilon)]
     if settings.role is Role.TRAIN:
         events.append(training_event(study, settings.public_size))

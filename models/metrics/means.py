@@ -71,8 +71,8 @@ class Interval:
 
     ``low`` and ``high`` are None where no interval exists: too few patients, or one at every site. ``failed`` counts
     patients whose value is not a finite number; they have no part in the mean. ``method`` is what was computed:
-    ``percentile`` where ``bca`` was asked for and does not exist, ``constant`` where all values are equal and their
-    ends are not known. ``same``: all values are equal.
+    ``percentile`` where ``bca`` was asked for and does not exist, ``constant`` where the values of each site are equal
+    and their ends are not known. ``same``: the values of each site are equal.
     """
 
     mean: float

@@ -7,7 +7,8 @@ the seeds is told beside the interval over patients, never mixed into it. AUROC 
 has, are in :mod:`.ranked_rows`.
 
 Families of tests (Holm): one per table, ``sites`` (each model at each site) and ``overall`` (each model over all sites,
-patients resampled within sites). The headline metric is tested, and AUROC or concordance where they are known.
+patients resampled within sites); in each the tests of a difference are one family, those of "not worse" another. The
+headline metric is tested, and AUROC or concordance where they are known.
 """
 
 import math
@@ -138,9 +139,13 @@ def _evidence(
 def adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The comparisons with p-values by Holm within each family, and the number of its tests."""
     for family in ("sites", "overall"):
-        members = {k: row["p"] for k, row in enumerate(rows) if row["family"] == family and row["p"] is not None}
+        inside = [row for row in rows if row["family"] == family]
+        members = {k: row["p"] for k, row in enumerate(inside) if row["p"] is not None}
         for k, value in holm(members).items():
-            rows[k] |= {"p_holm": value, "tests": len(members)}
+            inside[k] |= {"p_holm": value, "tests": len(members)}
+        not_worse = {k: (row.get("equivalence") or {}).get("p_not_worse") for k, row in enumerate(inside)}
+        for k, value in holm({k: p for k, p in not_worse.items() if p is not None}).items():
+            inside[k]["equivalence"]["p_not_worse_holm"] = value
     return rows
 
 

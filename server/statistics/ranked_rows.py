@@ -64,7 +64,8 @@ class RankedRows:
             for site, seeds in known.items():
                 rows.append(self._row(model, site, [seeds]))
                 if model == self.federated and (fewest := min(r.fewest for r in seeds)) < FEW:
-                    what = "events" if self.metric == "c_index" else "patients of a class"
+                    few = "" if fewest == 1 else "s"
+                    what = f"event{few}" if self.metric == "c_index" else f"patient{few} of a class"
                     self.notes.append(f"{self.titles[model]} at {site}: {_NAMES[self.metric]} rests on {fewest} {what}")
             if len(known) > 1:
                 rows.append(self._row(model, self.everywhere, list(known.values())))

@@ -70,7 +70,8 @@ def strata_rows(
     for (trait, group), by_site in sorted(groups.items()):
         n = sum(map(len, by_site.values()))
         row: dict[str, Any] = {"trait": trait, "group": group, "patients": cell(n), "mean": None, "ci95": None}
-        if n >= SMALLEST_CELL and any(len(finite(values)[0]) for values in by_site.values()):
+        # Of those with a value: one of five whose others have none would be told as it is.
+        if sum(len(finite(values)[0]) for values in by_site.values()) >= SMALLEST_CELL:
             found = interval(list(by_site.values()))
             ends = None if found.low is None or found.high is None else [found.low, found.high]
             row |= {"mean": found.mean, "ci95": ends}

@@ -10,6 +10,7 @@ Each federation draws patients at several sites from distributions whose means a
     distance   log-normal, σ = 0.6: right-skewed, as HD95 is
 
 *Coverage*: the share of federations whose 95 % interval holds the true mean, for one site and for all of them pooled.
+*Differences*: the same of ours less theirs at one site, where each model fails now and then on a patient.
 *Family error*: four models that are interchangeable with ours (the null is true) at each site, one Holm family of all
 tests; the share of federations with any finding. The same with a real difference shows that the tests do find.
 
@@ -29,7 +30,7 @@ from ...models.metrics.means import LEVEL, bootstrap_means, bounded_ends, expand
 from ...server.statistics import Moments, holm, moments_interval
 from ...server.statistics.paired import signed_rank
 
-__all__ = ["bench_coverage", "family_error", "interval_coverage", "markdown"]
+__all__ = ["bench_coverage", "difference_coverage", "family_error", "interval_coverage", "markdown"]
 
 Values = NDArray[np.float64]
 
@@ -76,6 +77,10 @@ SHAPES: Final[dict[str, tuple[Draw, Callable[[int], float]]]] = {
 """Shape: how a site's patients are drawn ``(federations, patients)``, and their true mean."""
 BOUNDED: Final = frozenset({"dice", "zeros", "high"})
 """Shapes whose values are known to lie between 0 and 1."""
+FAIL: Final = ((0.0, 0.0), (0.04, 0.04), (0.08, 0.08), (0.0, 0.04))
+"""Shares of patients on whom ours and theirs fail."""
+GAIN, SPREAD, LOST = 0.02, 0.03, 0.9
+"""Mean and SD of the difference where neither fails; a failure loses a Dice of so much times Beta(8, 2)."""
 
 
 def bench_coverage(json_path: Path | None = None, *, federations: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -93,6 +98,13 @@ def bench_coverage(json_path: Path | None = None, *, federations: int = 2000, se
         for patients in PATIENTS
         for row in interval_coverage(shape, patients, federations=federations, seed=seed)
     ]
+    differences = [
+        row
+        for patients in PATIENTS
+        if patients >= ENOUGH
+        for ours, theirs in FAIL
+        for row in difference_coverage(patients, ours, theirs, federations=federations, seed=seed)
+    ]
     families = [family_error(n, federations=federations, seed=seed, shift=shift) for n in (10, 30) for shift in (0, 1)]
     judged = [row for row in coverage if row["patients"] >= ENOUGH and row["method"] == "auto"]
     low, high = TARGET
@@ -101,6 +113,7 @@ def bench_coverage(json_path: Path | None = None, *, federations: int = 2000, se
         "sites": SITES,
         "resamples": RESAMPLES,
         "coverage": coverage,
+        "differences": differences,
         "families": families,
         "target": {
             "coverage": list(TARGET),
@@ -135,7 +148,9 @@ def interval_coverage(shape: str, patients: int, *, federations: int, seed: int)
     return rows
 
 
-def _intervals(samples: Sequence[Values], seed: int, *, bounded: bool) -> dict[str, tuple[Values, Values]]:
+def _intervals(
+    samples: Sequence[Values], seed: int, *, bounded: bool, bounds: tuple[float, float] = (0.0, 1.0)
+) -> dict[str, tuple[Values, Values]]:
     """Ends of each federation's interval by method.
 
     ``auto`` is what reports have; ``plain percentile`` is without the expanded level.
@@ -161,7 +176,7 @@ def _intervals(samples: Sequence[Values], seed: int, *, bounded: bool) -> dict[s
         ends = [
             bounded_ends(
                 [values[start : start + _AT_ONCE] for values in samples],
-                bounds=(0.0, 1.0), level=level, resamples=RESAMPLES, seed=seed + start,
+                bounds=bounds, level=level, resamples=RESAMPLES, seed=seed + start,
             )
             for start in starts
         ]  # fmt: skip
@@ -174,6 +189,35 @@ def _intervals(samples: Sequence[Values], seed: int, *, bounded: bool) -> dict[s
     ]
     found["moments"] = (np.array([s.low for s in students]), np.array([s.high for s in students]))
     return found
+
+
+def difference_coverage(
+    patients: int, ours: float, theirs: float, *, federations: int, seed: int
+) -> list[dict[str, Any]]:
+    """Share of cohorts whose interval of a paired difference holds the truth, one row per method, at one site.
+
+    Args:
+        patients: of a cohort.
+        ours: share of patients on whom our model fails; independent of ``theirs``.
+        theirs: share on whom the other one fails.
+        federations: cohorts.
+        seed: of everything drawn.
+    """
+    random = np.random.default_rng([seed, patients, round(1000 * ours), round(1000 * theirs), 3])
+    shape = (federations, patients)
+    failed, other = random.random(shape) < ours, random.random(shape) < theirs
+    lost = LOST * random.beta(8.0, 2.0, shape)
+    values = np.where(failed | other, lost * (other * 1.0 - failed), random.normal(GAIN, SPREAD, shape))
+    truth = GAIN * (1 - ours) * (1 - theirs) + LOST * 0.8 * (theirs - ours)
+    found = _intervals([values], seed, bounded=True, bounds=(-1.0, 1.0))
+    found["unseen halves"] = found.pop("auto")
+    return [
+        {
+            "patients": patients, "ours": ours, "theirs": theirs, "method": method,
+            "coverage": float(np.mean((low <= truth) & (truth <= high))), "width": float(np.mean(high - low)),
+        }
+        for method, (low, high) in found.items()
+    ]  # fmt: skip
 
 
 def family_error(patients: int, *, federations: int, seed: int, shift: float) -> dict[str, Any]:
@@ -222,6 +266,18 @@ def markdown(found: dict[str, Any]) -> str:
         first, *others = (f"{100 * cells[shape, scope, n, method]:.1f} %" for method in methods)
         wide = widths[shape, scope, n, "auto"] / widths[shape, scope, n, "bca"]
         lines.append(f"| {shape} | {scope} | {n} | {first} | {wide:.2f} | {' | '.join(others)} |")
+    lines += [
+        "",
+        "| patients | failures, ours and theirs | BCa (as reported) | percentile | Student | with unseen halves | its "
+        "width, BCa = 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    apart = {(r["patients"], r["ours"], r["theirs"], r["method"]): r for r in found["differences"]}
+    for n, ours, theirs in dict.fromkeys(key[:3] for key in apart):
+        rows = [apart[n, ours, theirs, m] for m in ("bca", "percentile", "moments", "unseen halves")]
+        shares = " | ".join(f"{100 * row['coverage']:.1f} %" for row in rows)
+        fail, wide = f"{100 * ours:g} %, {100 * theirs:g} %", rows[-1]["width"] / rows[0]["width"]
+        lines.append(f"| {n} | {fail} | {shares} | {wide:.2f} |")
     lines += [
         "",
         "| patients per site | tests | true difference | any finding | tests that find |",

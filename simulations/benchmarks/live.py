@@ -45,7 +45,7 @@ __all__ = ["LiveNode", "SuperLink", "make_node", "start_superlink", "take_run", 
 
 PATIENCE = 180.0
 """Seconds until a process is up; imports are slow on a busy machine."""
-RESTART_SECONDS = 5.0
+RESTART_SECONDS = 2.0
 """``RestartSec`` of the service file."""
 
 

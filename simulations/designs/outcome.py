@@ -8,7 +8,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ...server.report_design import write_design_report
 from ...server.report_evidence import EVIDENCE
@@ -22,6 +22,8 @@ from .plan import Plan
 from .tasks import read_results
 
 __all__ = ["finish_design", "finish_run", "write_patients"]
+
+CUT: Final = "its results.json is cut or of another schema"
 
 
 def finish_design(out: Path) -> dict[str, Any]:
@@ -100,12 +102,14 @@ def _parts(metric: str, record: Any) -> list[tuple[str, float]]:
 def _fold(plan: Plan, number: int) -> dict[str, Any]:
     """A federation of the design in short, with its curve at the sites that it judged."""
     fold = plan.folds[number]
-    found = read_results(plan.federation(fold).folder)
+    folder = plan.federation(fold).folder
+    found = read_results(folder)
+    lacking = CUT if (folder / "results.json").exists() else "not run"
     summary: dict[str, Any] = {
         "name": fold.name,
         "seed": fold.seed,
         "heldout": [fold.hospital[name] for name in fold.tests],
-        "status": found["status"] if found else "not run",
+        "status": found["status"] if found else lacking,
     }
     if not found:
         return summary

@@ -123,14 +123,15 @@ def _by_optuna(
     try:
         optuna: Any = importlib.import_module("optuna")  # no dependency of ours
     except ImportError as error:
-        text = "--search optuna: Optuna is not installed; pip install optuna, or take --search random"
+        text = "--search optuna: Optuna is not installed; pip install 'fedneuro[search]', or take --search random"
         raise EnvironmentProblem(text) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = "maximize" if higher_is_better[base.select_metric] else "minimize"
-    sampler = optuna.samplers.TPESampler(seed=base.study.seed)
+    known: dict[int, dict[str, Any]] = {t["number"]: t["setting"] for t in values["trials"].values()}
+    # A search that goes on must not draw again what it drew when it began.
+    sampler = optuna.samplers.TPESampler(seed=base.study.seed + len(known))
     study = optuna.create_study(direction=direction, sampler=sampler)
     spaces = {draw.key: _distribution(optuna, draw) for draw in space.draws}
-    known: dict[int, dict[str, Any]] = {t["number"]: t["setting"] for t in values["trials"].values()}
     failures: dict[str, Failure] = {}
     if known:
         failures |= perform(sorted(known.items()))

@@ -384,6 +384,12 @@ DEFENCES: dict[str, Defence] = {
         (H + "test_a_flood_of_a_thousand_tasks",),
         _off("client/gatekeeper.py", "if len(self._asked) >= limit:", "if False:"),
     ),
+    "flood-of-parts": Defence(
+        "the same, of messages that build on a model which the node does not have",
+        "they are logged and counted like any other (`client/site.py`)",
+        (H + "test_a_flood_that_builds_on_models_that_are_not_here",),
+        _off("client/site.py", "            self._keeper.turn_away_part(request, error.reason)\n", ""),
+    ),
     # -- what leaves
     "log-first": Defence(
         "an answer that the log could not take (disk full)",

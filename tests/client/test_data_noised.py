@@ -133,7 +133,11 @@ def test_a_release_is_charged_once_and_written_down(tmp_path: Path) -> None:
     again = release_noised(Measured(0, 0), north.settings, study, 1.0)
     assert again.again and again.told == first.told, "the same question has the same answer, for nothing"
     assert len(ledger.events(study.hash, "north", "statistics")) == 1
-    (north.settings.state / "statistics" / f"{study.hash}.json").unlink()
+    kept = north.settings.state / "statistics" / f"{study.hash}.json"
+    kept.write_text("{}")
+    with pytest.raises(BadInput, match="is not as it was written; put it back"):
+        release_noised(found, north.settings, study, 1.0)
+    kept.unlink()
     with pytest.raises(BudgetExhausted):
         release_noised(found, north.settings, study, 1.0)
     assert north.logged(message="statistics", decision="refused")[-1]["reason"] == "budget-exhausted"
@@ -332,6 +336,9 @@ def test_plain_statistics_pass_the_same_gate(tmp_path: Path) -> None:
     assert read_told(told, {"north": key}).content.patients == 5, "six, rounded"
     page = egress_text(verify_log(north.settings.audit, None), "north")
     assert "statistics of the data         without noise" in page and "but the declared one and the rounded" in page
+    few = CliRunner().invoke(app, [*words, "--threshold", "8"])
+    assert isinstance(few.exception, Refused) and "6 patients, and the threshold is 8" in str(few.exception)
+    assert len(north.logged(message="statistics", decision="refused")) == 2, "staff learn why, and the log that"
     north.edit("privacy", min_cohort=50)
     few = CliRunner().invoke(app, words)
     assert isinstance(few.exception, Refused) and "the threshold is 50" in str(few.exception)

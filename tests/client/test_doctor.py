@@ -4,6 +4,7 @@
 import abc
 import base64
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from fedneuro.client import doctor
 from fedneuro.client.doctor import Finding, examine
 from fedneuro.client.doctor_network import network_checks
 from fedneuro.client.node_settings import NodeSettings, load_node_settings
@@ -173,6 +175,18 @@ def test_a_proxy_with_a_password(settings: NodeSettings, monkeypatch: pytest.Mon
 def test_an_address_in_brackets() -> None:
     way = Way("[::1]:8000", proxy="")
     assert (way.host, way.port, way.first_hop) == ("::1", 8000, ("::1", 8000))
+
+
+def test_a_user_who_may_start_containers_is_told(
+    settings: NodeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = tmp_path / "docker.sock"
+    monkeypatch.setattr(doctor, "DOORS", (str(door),))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert [finding.verdict for finding in doctor._user(settings)] == ["pass"]
+    door.touch()
+    (finding,) = doctor._user(settings)
+    assert finding.verdict == "warn" and str(door) in finding.seen and "group" in finding.remedy
 
 
 def test_the_whole_report(settings: NodeSettings, tmp_path: Path) -> None:

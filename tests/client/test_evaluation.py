@@ -2,6 +2,7 @@
 """What a site computes of a model: metrics, groups, failures, a threshold from elsewhere; and what of it may leave."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from fedneuro.client import gate
+from fedneuro.client.evaluation_cohort import cohort_estimates
+from fedneuro.client.evaluation_patients import PatientResult
 from fedneuro.client.evaluation_strata import patient_cells
 from fedneuro.client.metric_release import cells_that_leave
 from fedneuro.client.policy import load_policy
@@ -101,6 +104,21 @@ def test_one_class_only_leaves_out_what_needs_two(tmp_path: Path) -> None:
     write_site(tmp_path / "north", patients=6, shape=(40, 40, 2), mask=None, classes=("glioma",))
     found = evaluate(settings_of(tmp_path), classifying_study(metrics=["accuracy", "auroc", "auprc", "brier"]))
     assert set(found) == {"accuracy", "brier"}
+
+
+def test_a_sensitivity_speaks_of_the_patients_of_its_class_alone(tmp_path: Path) -> None:
+    """Twelve patients, six of each class: an exact mean over six stays where the hospital wants seven."""
+    classifying_site(tmp_path)
+    study = classifying_study(metrics=["accuracy", "sensitivity", "specificity"])
+    for least, leaves in ((6, {"accuracy", "sensitivity", "specificity"}), (7, {"accuracy"})):
+        found = evaluate(settings_of(tmp_path, min_patients=least), study)
+        assert set(found) - {"threshold"} == leaves and {estimate.n for estimate in found.values()} == {10}
+
+
+def test_a_score_that_is_no_number_is_not_left_out_of_a_mean() -> None:
+    results = {"a": PatientResult(scores={"dice": 0.9}), "b": PatientResult(scores={"dice": math.nan})}
+    with pytest.raises(ContractViolation, match="dice of 1 patients is no finite number"):
+        cohort_estimates(heldout_study(), ["dice"], results, 0.5)
 
 
 # -- failures -------------------------------------------------------------------------------------------------

@@ -512,6 +512,21 @@ def test_a_flood_of_a_thousand_tasks(hospital: Hospital) -> None:
     lives(hospital)
 
 
+def test_a_flood_that_builds_on_models_that_are_not_here(hospital: Hospital) -> None:
+    """Such a message is put together before any gate; it is logged and counted all the same, whoever sends it."""
+    hospital.edit("limits", max_requests_per_hour=20)
+    unknown = private_study(study={"name": "flood"})
+    request = Request(kind="train", study=unknown, round=1, held="0" * 64)
+    reasons = {hospital.refused(hospital.site.handle(request)) for _ in range(30)}
+    assert reasons == {Reason.MODEL_NOT_HELD} and charges(hospital) == 0
+    about = {"study": unknown.hash, "round": 1, "reason": "model-not-held"}
+    assert len(hospital.logged(kind="in", decision="refused", **about)) == 30
+    assert len(hospital.logged(kind="out", answer="Refusal", **about)) == 30
+    assert hospital.refused(hospital.ask(STUDY)) is Reason.TOO_MANY_REQUESTS
+    hospital.edit("limits", max_requests_per_hour=2000)
+    lives(hospital)
+
+
 def test_nothing_leaves_where_the_log_cannot_be_written(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up while the site trains: the update stays, and so does the charge."""
     keeper: Gatekeeper = hospital.site._keeper

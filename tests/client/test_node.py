@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from fedneuro.client.canary import rehearse
+from fedneuro.client.cli import app
 from fedneuro.client.manners import Manners, gpu_neighbours
 from fedneuro.client.node_init import Answers, init_node
 from fedneuro.client.node_settings import load_node_settings
@@ -164,6 +167,20 @@ def test_nothing_outlives_a_killed_node(node: Started) -> None:
     assert not node.folder.is_held("node")  # so it can be started again at once
 
 
+def test_a_port_in_use_and_a_state_folder_that_cannot_be_written(config: Path) -> None:
+    settings = load_node_settings(config)
+    port, state = settings.runner.port, Path(settings.site.state)
+    with socket.create_server(("127.0.0.1", port)):
+        taken = call("start", "--config", config)
+    assert taken.returncode == 5 and f"error: port {port} of 127.0.0.1 is in use" in taken.stderr
+    shutil.rmtree(state)
+    state.write_text("no folder")  # not a mode: root may write into any folder
+    closed = call("start", "--config", config)
+    assert closed.returncode == 5 and "the state folder cannot be written" in closed.stderr
+    for done in (taken, closed):
+        assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+
+
 # -- init ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +199,15 @@ def test_init_writes_files_that_enrol_completes(tmp_path: Path, data: Path) -> N
     assert again.returncode == 2 and "--force" in again.stderr
     assert call("init", folder, *words, "--force").returncode == 0
     assert (folder / "node.toml.before").exists() and (folder / "runner.secret").read_bytes() == secret
+
+
+def test_init_asks_for_what_is_not_given(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "node"
+    asked = CliRunner().invoke(app, ["init", str(folder)], input=f"north\n{data}\nmany\n40\n\n")
+    assert asked.exit_code == 0 and "is not a valid integer" in asked.output, asked.output
+    text = (folder / "node.toml").read_text()
+    for line in ('name = "north"', 'role = "train"', "public_size = 40", f'data = "{data}"'):
+        assert line in text
 
 
 @pytest.mark.parametrize(

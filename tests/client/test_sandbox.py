@@ -4,17 +4,20 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedneuro.client.network_layout import count
 from fedneuro.client.run_folder import RunFolder
 from fedneuro.client.sandbox import probe
 from fedneuro.client.sandboxed_site import SandboxedSite
@@ -112,6 +115,53 @@ def test_an_ordinary_user_needs_no_root_for_them() -> None:
         assert walls == {"network": True, "files": True, "why": ""}
 
 
+INSIDE = """
+import json, socket, sys
+from pathlib import Path
+from fedneuro.client import sandbox
+run, state = Path(sys.argv[1]), Path(sys.argv[2])
+sandbox._SERVICES = run
+walls = sandbox.enter([state], readable=[run / "share" / "scans"], kept=[state / "log", state / "absent"])
+reached = []
+for name in ("docker.sock", "user/bus"):
+    with socket.socket(socket.AF_UNIX) as door:
+        if door.connect_ex(str(run / name)) == 0:
+            reached.append(name)
+read = [(run / name).read_text() for name in ("share/scans/a", "media/b", "pid")]
+(state / "new").write_text("x")
+for how in ("a", "w"):
+    try:
+        (state / "log").open(how).close()
+        reached.append("log")
+    except OSError:
+        pass
+print(json.dumps([walls.complete, walls.why, reached, read]))
+"""
+
+
+def test_no_service_of_the_machine_is_reached_from_within(tmp_path: Path) -> None:
+    run, state = tmp_path / "run", tmp_path / "state"
+    for folder in (run / "user", run / "share" / "scans", run / "media", state):
+        folder.mkdir(parents=True)
+    for name in ("share/scans/a", "media/b", "pid"):
+        (run / name).write_text(name)
+    (state / "log").write_text("kept")
+    with ExitStack() as open_doors:
+        for name in ("docker.sock", "user/bus"):
+            door = open_doors.enter_context(socket.socket(socket.AF_UNIX))
+            door.bind(str(run / name))
+            door.listen()
+        command = [sys.executable, "-c", INSIDE, str(run), str(state)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    complete, why, reached, read = json.loads(done.stdout)
+    if "kernel forbids" in why:
+        pytest.skip(f"no sandbox on this machine: {why}")
+    assert (complete, why, reached) == (True, "", [])
+    assert read == ["share/scans/a", "media/b", "pid"]
+    assert (state / "log").read_text() == "kept" and (state / "new").read_text() == "x"
+
+
 def test_a_missing_wall_refuses_where_walls_are_required(folder: Path, tmp_path: Path) -> None:
     settings = replace(settings_of(folder), state=tmp_path)
     child = TrainingChild(settings, Caps(isolate=False, require_walls=True), tmp_path / "scratch")
@@ -131,14 +181,34 @@ def state_of(pid: int | None) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def test_a_child_that_answers_just_as_it_is_held_goes_on(tmp_path: Path) -> None:
+    """Else status would say that it holds, and the next pause would not stop it: it is taken for stopped already."""
+    child = TrainingChild(settings_of(tmp_path), Caps(), tmp_path, lambda: "paused")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        child._process = process
+        answered = threading.Event()
+        watch = threading.Thread(target=child._watch, args=(answered, []))
+        watch.start()
+        wait_for(lambda: child.held == "paused" and state_of(process.pid) == "T")
+        answered.set()
+        watch.join()
+        wait_for(lambda: state_of(process.pid) != "T")
+        assert child.held == ""
+        process.kill()
+
+
 def test_the_childs_bits_its_pause_and_all_its_ends(folder: Path, child: TrainingChild, tmp_path: Path) -> None:
     """One child after another, since each loads torch: the same bits as one process, held, killed, capped."""
     study = study_of(3)
     site = SandboxedSite(child)
+    network = (study.model.model_dump_json(), 1, 2)
+    child.start()
+    assert child.count(*network) == count(*network), "the gate may ask it what a network holds"
     here = train(Site(settings_of(folder, "here")), study)
     there = train(site, study)
     assert isinstance(here, TrainReply) and isinstance(there, TrainReply)
     assert digest(here.arrays) == digest(there.arrays) and here.loss == there.loss
+    assert child.count(*network) is None, "but not once it serves a study"
     first = child.pid
 
     # held in the middle of a step, for longer than its time, and continued: the bits do not change, nor does it end

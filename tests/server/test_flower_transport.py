@@ -12,6 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedneuro.models.state import digest
 from fedneuro.privacy.contract import EvaluateReply, HelloReply, Refusal, Reply, Request, Role, TrainReply
 from fedneuro.privacy.errors import EnvironmentProblem, Reason
 from fedneuro.privacy.study import Study
@@ -104,6 +105,29 @@ def test_replies_of_large_models_are_fetched_one_at_a_time_and_small_ones_togeth
         assert sorted(reply.site for reply in replies) == sorted(names)
         assert not any(isinstance(reply, Refusal) for reply in replies)
         assert max(map(len, grid.asked)) == most
+
+
+def test_a_site_that_holds_the_large_model_is_sent_nothing_and_its_reply_is_large_all_the_same() -> None:
+    """What :class:`~fedneuro.server.downlink.Downlink` makes of training that starts from the weights just judged."""
+    names, model = [f"S{number}" for number in range(3)], {"w": np.zeros(MAX_SQUEEZED // 4 + 1, np.float32)}
+    grid = Nodes({name: _judges_then_trains(name, model) for name in names})
+    transport = FlowerTransport(grid)  # type: ignore[arg-type]
+    whole = Request(kind="evaluate", study=STUDY, round=1, arrays=model)
+    list(transport.exchange(dict.fromkeys(names, whole), 30.0))
+    grid.asked.clear()
+    held = Request(kind="train", study=STUDY, round=1, held=digest(model))
+    replies = list(transport.exchange(dict.fromkeys(names, held), 30.0))
+    assert [type(reply) for reply in replies] == [TrainReply] * len(names)
+    assert max(map(len, grid.asked)) == 1
+
+
+def _judges_then_trains(site: str, model: dict[str, Any]) -> Answer:
+    def reply(request: Request) -> Reply:
+        if request.kind == "evaluate":
+            return EvaluateReply(site=site, round=request.round, metrics={}, seconds=0.0)
+        return TrainReply(site=site, round=request.round, arrays=model, steps=1, seconds=0.1)
+
+    return says(reply)
 
 
 def test_each_kind_of_reply_arrives() -> None:

@@ -30,7 +30,7 @@ from fedneuro.server.consortium import Consortium
 from fedneuro.server.launch import Launch
 from fedneuro.server.release import ReleaseOptions, make_release
 from fedneuro.server.release_bundle import check_metadata, inference_config, needs_fedneuro
-from fedneuro.server.release_card import TO_WRITE, model_card
+from fedneuro.server.release_card import TO_WRITE, model_card, privacy_words
 from fedneuro.server.sealed_keys import Passphrase
 from tests.bids import make_study, write_site
 from tests.finished_run import finished_run
@@ -225,6 +225,11 @@ def test_the_card_puts_held_out_hospitals_first_and_epsilon_beside_the_score(pac
     )
     for name in ("volumes", "classes"):
         assert "No differential privacy" in (packs / f"pack-{name}/MODEL_CARD.md").read_text()
+
+
+def test_the_promise_is_rounded_up() -> None:
+    spent = {"mode": "local", "unit": "patient", "epsilon": {"a": 7.991, "b": 2.0}, "delta": 1e-3, "accountant": "PLD"}
+    assert "largest ε = 8.00 at δ = 0.001" in privacy_words(spent)
 
 
 def test_texts_from_elsewhere_make_no_markup() -> None:

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from fedneuro.models.metrics.means import expanded_level
-from fedneuro.server.report_evidence import EVIDENCE, evidence_view, read_evidence
+from fedneuro.server.report_evidence import EVIDENCE, coverage_words, estimate_text, evidence_view, read_evidence
 from fedneuro.server.report_files import table_csv
 from fedneuro.server.statistics import (
     Moments,
@@ -96,6 +96,20 @@ def test_evidence_takes_the_interval_that_suits_the_metric() -> None:
         _judged(table, sites=["A"], bounds={"dice": (0.0, 1.0)}, method="bca"), seed=0, resamples=200
     )
     assert plain["scores"][0]["method"] == "constant" and plain["scores"][1]["method"] == "bca"
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({"dice": "bounded", "hd95": "bca"}, "93 to 97 %"),
+        ({"dice": "bca", "hd95": "bca"}, "91 to 98 %"),
+        ({"dice": "percentile"}, "91 to 98 %"),
+        ({"auroc": "delong, logit"}, ""),
+    ],
+)
+def test_the_page_promises_the_coverage_of_the_intervals_that_it_has(methods: dict[str, str], words: str) -> None:
+    text = coverage_words([{"metric": metric, "method": method} for metric, method in methods.items()])
+    assert words in text and bool(text) is bool(words)
 
 
 def test_moments_give_the_centralised_interval() -> None:
@@ -268,6 +282,10 @@ def test_evidence_compares_on_shared_patients_in_two_families() -> None:
     p = rows["local: A", "B"]["p"]
     assert rows["local: A", "B"]["p_holm"] == pytest.approx(4 * p) and p == pytest.approx(2 / 2**12)
     assert rows["pooled", ALL]["difference"]["n"] == 24 and rows["pooled", ALL]["equivalence"]["p_not_worse"] < 0.05
+    # "Not worse" is claimed of several, too: Holm among its own, here the smaller of two and the larger.
+    claims = [rows[model, ALL]["equivalence"] for model in ("pooled", BEST_LOCAL)]
+    raw, adjusted = [c["p_not_worse"] for c in claims], [c["p_not_worse_holm"] for c in claims]
+    assert adjusted == pytest.approx([max(2 * min(raw), p) if p > min(raw) else 2 * p for p in raw])
     matrix = evidence["matrix"]["cells"]
     assert matrix["local: A"]["A"]["n"] == 3 and matrix[OURS]["A"]["n"] == matrix["local: B"]["A"]["n"] == 12
     assert [row["worst"] for row in evidence["disparity"] if row["model"] == OURS]
@@ -304,6 +322,21 @@ def test_what_is_odd_is_stated() -> None:
     assert table_csv(evidence).count("\n") > 5
 
 
+def test_a_claim_of_not_worse_stands_by_its_adjusted_p() -> None:
+    """p 0.03 of one test of several is 0.06 by Holm: nothing is claimed. An interval of no width is not shown."""
+    evidence = build_evidence(_judged(_table()), seed=0, resamples=200)
+    row = next(r for r in evidence["comparisons"] if r["model"] == "pooled" and r["site"] == ALL)
+    row |= {"p_holm": 0.5, "equivalence": {"p_not_worse": 0.03, "p_not_worse_holm": 0.06}}
+    view = evidence_view(evidence)
+    assert view is not None
+    shown = next(r for r in view["overall"] if r["model"] == "pooled")
+    assert (shown["verdict"], shown["not_worse"]) == ("no difference shown", "0.060")
+    row["equivalence"]["p_not_worse_holm"] = 0.04
+    view = evidence_view(evidence)
+    assert view is not None and view["overall"][0]["verdict"] == "no difference shown; not worse by the margin"
+    assert estimate_text("hd95", {"mean": 0.0, "ci95": [0.0, 0.0], "method": "constant"}) == "0.0 mm (no interval)"
+
+
 def test_seeds_stay_apart_from_patients() -> None:
     """Three seeds whose means are 0.5, 0.6, 0.7: the mean over them is each patient's value, and their SD is 0.1."""
     tables = [{OURS: {"A": {f"p{k}": 0.5 + 0.1 * seed for k in range(8)}}} for seed in range(3)]
@@ -318,6 +351,10 @@ def test_small_groups_are_suppressed() -> None:
     traits = {"A": {f"A{k}": {"sex": "F" if k < 4 else "M"} for k in range(12)}, "B": {}}
     rows = build_evidence(_judged(table, traits=traits), seed=0, resamples=200)["strata"]
     assert [(r["group"], r["patients"], r["mean"] is None) for r in rows] == [("F", "<5", True), ("M", "8", False)]
+    for patient in ("A4", "A5", "A6", "A7"):
+        table[OURS]["A"][patient] = None
+    rows = build_evidence(_judged(table, traits=traits), seed=0, resamples=200)["strata"]
+    assert rows[1]["patients"] == "8" and rows[1]["mean"] is None, "four of the eight have a value"
 
 
 @pytest.mark.parametrize("text", ['{"schema_version": 1, "scor', '{"schema_version": 99}', "[]"])

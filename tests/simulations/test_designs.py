@@ -2,6 +2,7 @@
 """Leave one site out, patient folds and searches on tiny hospitals: who is judged by whom, and no work is lost."""
 
 import csv
+import html
 import json
 import os
 from pathlib import Path
@@ -195,6 +196,7 @@ def test_cut_files_are_stated_and_made_again(loso: tuple[Path, Plan, dict[str, A
     found = finish_design(out)
     assert any("cut or no JSON" in note for note in found["evidence"]["notes"]) and found["status"] == "partial"
     assert not plan.federation(plan.folds[1]).done()
+    assert "south (its results.json is cut or of another schema)" in (out / "report.html").read_text()
     path.write_text(whole.replace('"schema_version": 1', '"schema_version": 7'))
     assert any("another schema" in note for note in finish_design(out)["evidence"]["notes"])
     path.write_text(whole)
@@ -318,6 +320,19 @@ def test_classes_are_compared_by_auroc_with_everyone_in_the_commonest(tmp_path: 
     rows = {(row["model"], row["site"]): row for row in evidence["comparisons"] if row["metric"] == "auroc"}
     assert rows["majority", "west"]["test"] == "DeLong" and rows["untrained", "west"]["p_holm"] is not None
     assert any("AUROC rests on 3 patients of a class" in note for note in evidence["notes"])
+    assert not any("no patient is of class" in note or "the same prediction" in note for note in evidence["notes"])
+
+    # No positives in the west, and a model that says the same of everybody, as if the file said so.
+    path = plan.federation(plan.folds[0]).folder / "sites/west" / FILE
+    values = json.loads(path.read_text())
+    for answer in values["patients"].values():
+        answer |= {"class": 1.0, "probability_0": 0.3, "probability_1": 0.7, "accuracy": 1.0}
+    path.write_text(json.dumps(values))
+    found = finish_run(out)
+    notes = " ".join(found["evidence"]["notes"])
+    assert "west: no patient is of class glioma" in notes and "AUROC is undefined at west (one class only" in notes
+    assert "federated at west: the same prediction for every patient" in notes
+    assert all(note in html.unescape((out / "report.html").read_text()) for note in found["evidence"]["notes"])
 
 
 def test_a_search_is_chosen_by_training_hospitals_and_keeps_what_it_did(sites: Path, tmp_path: Path) -> None:
