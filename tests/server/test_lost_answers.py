@@ -262,6 +262,17 @@ def wait(done: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def test_what_is_mended_is_flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once Flower's own SuperLink bears one of these, that part of lost_answers can go. First, before ours is there."""
+    lost = Refusal(site=SITE, kind="train", round=1, reason=Reason.LOST)
+    with scene(tmp_path, ours=False) as stock:
+        assert stock.exchange("fleet/push-messages", until=lambda: stock.left("message_res") == 0) == lost
+        assert stock.exchange("fleet/push-object") == lost
+        assert stock.exchange("runtime/pull-messages", only=lambda: stock.left("message_ins") == 0) == lost
+        monkeypatch.setattr(flower_transport, "PUSHES", 1)
+        assert stock.exchange("runtime/push-object") == lost
+
+
 @pytest.fixture(scope="module")
 def mended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with scene(tmp_path_factory.mktemp("ours"), ours=True) as found:
@@ -300,17 +311,6 @@ def test_a_part_may_be_sent_again_after_the_node_has_taken_it(
     )
     lost = Refusal(site=SITE, kind="train", round=1, reason=Reason.LOST)
     assert isinstance(reply, TrainReply) if pushes > 1 else reply == lost
-
-
-def test_what_is_mended_is_flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once Flower's own SuperLink bears one of these, that part of lost_answers can go."""
-    lost = Refusal(site=SITE, kind="train", round=1, reason=Reason.LOST)
-    with scene(tmp_path, ours=False) as stock:
-        assert stock.exchange("fleet/push-messages", until=lambda: stock.left("message_res") == 0) == lost
-        assert stock.exchange("fleet/push-object") == lost
-        assert stock.exchange("runtime/pull-messages", only=lambda: stock.left("message_ins") == 0) == lost
-        monkeypatch.setattr(flower_transport, "PUSHES", 1)
-        assert stock.exchange("runtime/push-object") == lost
 
 
 @pytest.mark.parametrize("ours", [True, False])
