@@ -148,9 +148,9 @@ def _make_read_only(writable: Sequence[Path], kept: Sequence[Path]) -> None:
     with suppress(OSError):  # a shared memory of its own; the machine's becomes read-only below
         _mount(b"tmpfs", b"/dev/shm", b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=1777")
         paths.append(b"/dev/shm")
-    for path in kept:
-        if path.exists():  # a mount of its own, which stays read-only below
-            name = os.fsencode(path.resolve())
+    for file in kept:
+        if file.exists():  # a mount of its own, which stays read-only below
+            name = os.fsencode(file.resolve())
             _mount(name, name, None, _MS_BIND, None)
     _mount_attributes(b"/", _AT_RECURSIVE, add=_MS_RDONLY)
     for path in paths:

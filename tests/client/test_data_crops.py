@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training crops: shapes, share of foreground, determinism, image and label together, patients apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -218,7 +218,11 @@ def test_light_mirrors_each_axis_half_of_the_time() -> None:
 def test_a_chain_is_seeded_as_monai_seeds_it(kind: str) -> None:
     patch = (24, 24)
     table = AugmentationSection(affine=0.9, elastic=0.9, low_resolution=0.5, bias=0.9, gamma=0.5, noise=0.5)
-    chains = augmenting._standard(patch, True) if kind == "standard" else augmenting._custom(patch, True, table)
+    chains = (
+        augmenting._standard(patch, True)
+        if kind == "standard"
+        else augmenting._custom(patch, True, cast("Hashable", table))
+    )
     sample = {"image": torch.randn(1, *patch), "label": torch.ones(1, *patch)}
     for chain in chains:
         seen = set()
