@@ -32,7 +32,7 @@ class Settings(BaseModel):
     [
         ({"parts": [{"name": "A1"}]}, "parts.0.name = 'A1': expected small letters"),
         ({"parts": [{"name": "a", "port": 0}]}, "parts.0.port = 0: Input should be greater than or equal to 1"),
-        ({"parts": [{"nam": "a"}]}, "parts.0.nam is not a known key; did you mean name?"),
+        ({"parts": [{"Name": "a"}]}, "parts.0.Name is not a known key; did you mean name?"),
         ({"parts": [{}]}, "parts.0.name is missing; add it"),
         ({"zzz": 1}, "zzz is not a known key; known: parts, secret"),
         ({"secret": "s3cret", "parts": [{"name": "a"}]}, "secret and parts exclude each other"),
